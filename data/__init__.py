@@ -1,0 +1,1 @@
+"""Data set tools: download, reorganise, make samples."""

@@ -1,0 +1,1 @@
+"""Image encoders of the students, one file per family."""

@@ -1,0 +1,1 @@
+"""Training plumbing shared by all stages; knows nothing of the models."""

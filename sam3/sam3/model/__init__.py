@@ -1,0 +1,1 @@
+"""The SAM3 architecture; module names follow the checkpoint's keys."""

@@ -1,0 +1,255 @@
+"""Builds SAM3 models: the image model, the same with a student in place of its trunk, the teacher's trunk alone.
+
+All sizes are read from the checkpoint, so that the released file and a tiny one go through the same code. Weights are
+memory-mapped and handed to a model that was built without any, so that loading needs no second copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam3.backbones.student import BACKBONES, StudentTrunk, build_student, describe, recognise_student
+from sam3.engine.weights import WeightFile, list_names, load_strict, load_weights, normalise_sam3_keys, strip_prefix
+from sam3.model.config import TRUNK, Sam3Config, vit_sizes, without_vit
+from sam3.model.decoder import TransformerDecoder
+from sam3.model.encoder import TransformerEncoderFusion
+from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.maskformer_segmentation import UniversalSegmentationHead
+from sam3.model.necks import Sam3DualViTDetNeck
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.scoring import DotProductScoring
+from sam3.model.text_encoder import VETextEncoder
+from sam3.model.tokenizer import SimpleTokenizer
+from sam3.model.transformer import TransformerWrapper
+from sam3.model.vitdet import ViT
+from sam3.model.vl_combiner import SAM3VLBackbone
+from sam3.transforms import Preprocess
+
+__all__ = [
+    "BACKBONES",
+    "assemble_image_model",
+    "build_efficientsam3_image_model",
+    "build_sam3_image_model",
+    "build_student",
+    "build_teacher_trunk",
+    "choose_device",
+]
+
+STUDENT = f"{TRUNK}model."
+SAM2_NECK = "backbone.vision_backbone.sam2_convs."
+TEXT_ENCODER = "backbone.language_backbone."
+SEGMENTATION_HEAD = "segmentation_head."
+DEFAULT_EMBED_SIZE = 72  # of merged checkpoints whose meta does not say
+
+
+def build_sam3_image_model(
+    checkpoint_path: str | Path | None = None,
+    device: str | torch.device = "auto",
+    eval_mode: bool = True,
+    *,
+    enable_text_encoder: bool = True,
+    enable_segmentation: bool = True,
+    with_sam2_neck: bool = False,
+    load_from_HF: bool = False,
+    compile: bool = False,
+    dtype: torch.dtype | None = None,
+    config: Sam3Config | str | None = None,
+    bpe_path: str | Path | None = None,
+) -> Sam3Image:
+    """The image model with the weights of `sam3.pt`, of a tiny file in its layout, or of a merged student.
+
+    Args:
+        checkpoint_path: weights; a student merged into the file is recognised by its keys. Left out (and without
+            `load_from_HF`), the weights are random.
+        device: `auto` (CUDA, else MPS, else CPU) or any torch device.
+        enable_text_encoder, enable_segmentation: False leaves the part out, and its weights in the file.
+        with_sam2_neck: also build the neck that clicks and video use.
+        load_from_HF: fetch `facebook/sam3` from the hub if no checkpoint is given (access is gated).
+        compile: compile the trunk and the mask head's pixel decoder at their first use.
+        dtype: cast the weights, for example to `torch.bfloat16`.
+        config: sizes, or the name of a preset; left out, they are read from the checkpoint (`full` without one).
+        bpe_path: another CLIP vocabulary than the packaged one.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one whose tensors do not fit; the message names them.
+    """
+    if isinstance(config, str):
+        config = Sam3Config.preset(config)
+    if load_from_HF and checkpoint_path is None:
+        checkpoint_path = _download()
+    parts = {
+        "enable_text_encoder": enable_text_encoder,
+        "enable_segmentation": enable_segmentation,
+        "with_sam2_neck": with_sam2_neck,
+        "bpe_path": bpe_path,
+    }
+    if checkpoint_path is None:
+        model = assemble_image_model(config or Sam3Config.preset("full"), **parts)
+    else:
+        model = _load_image_model(load_weights(checkpoint_path), config, parts)
+    model = model.to(device=choose_device(device), dtype=dtype).train(not eval_mode)
+    if compile:
+        model.backbone.vision_backbone.trunk.compile()
+        if model.segmentation_head is not None:
+            model.segmentation_head.pixel_decoder.compile()
+    return model
+
+
+def build_efficientsam3_image_model(checkpoint_path: str | Path, **options: Any) -> Sam3Image:
+    """`build_sam3_image_model` for a merged checkpoint; one that still has SAM3's own trunk is refused."""
+    keys = normalise_sam3_keys(load_weights(checkpoint_path).tensors, checkpoint_path)
+    if not any(key.startswith(f"detector.{STUDENT}") for key in keys):
+        raise ValueError(
+            f"{checkpoint_path} has no student in the place of SAM3's trunk; merge one into it with "
+            "python stage1/convert_stage1_weights.py, or open the file with build_sam3_image_model"
+        )
+    return build_sam3_image_model(checkpoint_path, **options)
+
+
+def build_teacher_trunk(
+    checkpoint_path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+) -> ViT:
+    """SAM3's ViT alone, frozen and in eval mode: (B, 3, S, S) normalised -> [(B, C, G, G)].
+
+    Of the file, only `detector.backbone.vision_backbone.trunk.*` is read.
+    """
+    tensors = _detector_tensors(load_weights(checkpoint_path).tensors, checkpoint_path)
+    trunk_tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(TRUNK)}
+    if any(key.startswith(STUDENT) for key in trunk_tensors):
+        name, _ = recognise_student(trunk_tensors, STUDENT)
+        raise ValueError(f"{checkpoint_path} holds the student {describe(name)}, not SAM3's trunk; wanted sam3.pt")
+    sizes = vit_sizes(trunk_tensors)
+    with torch.device("meta"):
+        trunk = _build_vit(sizes)
+    load_strict(trunk, strip_prefix(trunk_tensors, TRUNK), source=checkpoint_path)
+    trunk = trunk.to(device=choose_device(device), dtype=dtype).eval().requires_grad_(False)
+    if compile:
+        trunk.compile()
+    return trunk
+
+
+def assemble_image_model(
+    config: Sam3Config,
+    trunk: nn.Module | None = None,
+    *,
+    enable_text_encoder: bool = True,
+    enable_segmentation: bool = True,
+    with_sam2_neck: bool = False,
+    bpe_path: str | Path | None = None,
+    preprocess: Preprocess | None = None,
+) -> Sam3Image:
+    """The image model with random weights on the current torch device; `trunk` takes the place of the ViT."""
+    sizes = config
+    text_encoder = None
+    if enable_text_encoder:
+        text_encoder = VETextEncoder(
+            SimpleTokenizer(bpe_path, sizes.context_length),
+            sizes.dim,
+            width=sizes.text_width,
+            heads=sizes.text_heads,
+            layers=sizes.text_layers,
+            mlp_dim=sizes.text_mlp_dim,
+            projection_dim=sizes.text_projection_dim,
+            context_length=sizes.context_length,
+            vocab_size=sizes.vocab_size,
+        )
+    neck = Sam3DualViTDetNeck(trunk or _build_vit(vars(config)), sizes.dim, with_sam2_neck)
+    widths = (sizes.dim, sizes.heads, sizes.ffn_dim)
+    return Sam3Image(
+        backbone=SAM3VLBackbone(neck, text_encoder),
+        geometry_encoder=SequenceGeometryEncoder(*widths, sizes.geometry_layers),
+        transformer=TransformerWrapper(
+            TransformerEncoderFusion(*widths, sizes.fusion_layers),
+            TransformerDecoder(*widths, sizes.decoder_layers, sizes.num_queries),
+        ),
+        dot_prod_scoring=DotProductScoring(sizes.dim, sizes.ffn_dim),
+        segmentation_head=UniversalSegmentationHead(sizes.dim, sizes.heads) if enable_segmentation else None,
+        preprocess=preprocess or Preprocess(img_size=sizes.img_size, resize="square"),
+    )
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else MPS, else the CPU; ValueError for a device that torch cannot use here."""
+    if device != "auto":
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"unknown device '{device}'; wanted auto, cpu, cuda, cuda:N or mps") from error
+        missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+        if missing.get(device.type, False):
+            raise ValueError(f"device '{device}' was asked for, but torch finds none here; use auto or cpu")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[str, Any]) -> Sam3Image:
+    """Builds what the file's tensors ask for, and lets it take them over."""
+    tensors = _detector_tensors(file.tensors, file.path)
+    preprocess = Preprocess.from_meta(file.meta["preprocess"]) if "preprocess" in file.meta else None
+    trunk = None
+    if any(key.startswith(STUDENT) for key in tensors):
+        name, embed_dim = recognise_student(tensors, STUDENT)
+        embed_size = int(file.meta.get("embed_size", DEFAULT_EMBED_SIZE))
+        trunk = StudentTrunk(build_student(name, embed_dim, embed_size))  # not on meta: it has computed buffers
+        img_size = preprocess.img_size if preprocess else Sam3Config.img_size
+        config = config or Sam3Config.from_tensors(tensors, img_size, patch_size=img_size // embed_size)
+        config = replace(without_vit(config), img_size=img_size)
+    config = config or Sam3Config.from_tensors(tensors)
+    with torch.device("meta"):
+        model = assemble_image_model(config, trunk, **parts, preprocess=preprocess)
+    switched_off = {
+        TEXT_ENCODER: not parts["enable_text_encoder"],
+        SEGMENTATION_HEAD: not parts["enable_segmentation"],
+        SAM2_NECK: not parts["with_sam2_neck"],
+    }
+    unused = [prefix for prefix, off in switched_off.items() if off and any(key.startswith(prefix) for key in tensors)]
+    load_strict(model, tensors, source=file.path, allowed_unexpected=unused)
+    unset = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not unset, f"without values after loading: {list_names(unset)}; register such buffers as persistent"
+    return model
+
+
+def _detector_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The image model's tensors; those of the tracker are left alone, others are refused."""
+    tensors = normalise_sam3_keys(tensors, source)
+    foreign = [key for key in tensors if not key.startswith(("detector.", "tracker."))]
+    if foreign:
+        raise ValueError(
+            f"{source} has {len(foreign)} keys below neither 'detector.' nor 'tracker.': {list_names(foreign)}; "
+            "wanted the layout of sam3.pt"
+        )
+    return strip_prefix(tensors, "detector.")
+
+
+def _build_vit(sizes: Mapping[str, Any]) -> ViT:
+    if sizes["vit_dim"] is None:
+        raise ValueError("these sizes are of a model with a student trunk; pass the trunk, or sizes with a ViT")
+    return ViT(
+        img_size=sizes["img_size"],
+        patch_size=sizes["patch_size"],
+        pretrain_img_size=sizes["pretrain_img_size"],
+        dim=sizes["vit_dim"],
+        depth=sizes["vit_depth"],
+        heads=sizes["vit_heads"],
+        mlp_dim=sizes["vit_mlp_dim"],
+        window_size=sizes["window_size"],
+        global_blocks=sizes["global_blocks"],
+    )
+
+
+def _download() -> Path:
+    """The released checkpoint, from the hub's cache folder of this project if it is there already."""
+    from sam3.engine.hub import download_sam3  # only those who ask for it need the hub's client
+
+    return download_sam3(Path("sam3_checkpoints"))

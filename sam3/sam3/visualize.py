@@ -1,0 +1,60 @@
+"""Draws masks, boxes and scores over a picture."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GOLDEN_RATIO = 0.618034  # steps of it around the colour wheel never come close to an earlier hue
+
+
+def distinct_colors(count: int) -> np.ndarray:
+    """`count` RGB colours, uint8 (count, 3), as different in hue as they can be."""
+    hues = (0.02 + GOLDEN_RATIO * np.arange(count)) % 1.0
+    colors = [colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]
+    return (np.array(colors).reshape(-1, 3) * 255).round().astype(np.uint8)
+
+
+def draw_objects(image: Tensor, masks: Tensor, boxes: Tensor, scores: Tensor, opacity: float = 0.5) -> Image.Image:
+    """The picture with one colour per object, the best on top.
+
+    Args:
+        image: uint8 (3, H, W) RGB.
+        masks: bool (K, 1, H, W); boxes: (K, 4) left, top, right, bottom in pixels; scores: (K,).
+        opacity: of the masks, 0..1.
+    """
+    pixels = image.permute(1, 2, 0).cpu().numpy().copy()
+    order = scores.argsort().tolist()
+    colors = distinct_colors(len(order))
+    for k in order:
+        mask = masks[k, 0].cpu().numpy()
+        pixels[mask] = ((1 - opacity) * pixels[mask] + opacity * colors[k]).astype(np.uint8)
+        pixels[_outline(mask)] = colors[k]
+    picture = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(picture)
+    unit = max(1, round(min(picture.size) / 400))  # line width, pixels
+    font = ImageFont.load_default(10 * unit + 2)
+    for k in order:
+        color = tuple(colors[k].tolist())
+        left, top, right, bottom = _clip(boxes[k].tolist(), picture.size)
+        draw.rectangle((left, top, right, bottom), outline=color, width=unit)
+        label = f"{scores[k].item():.2f}"
+        draw.rectangle(draw.textbbox((left + unit, top + unit), label, font=font), fill="black")
+        draw.text((left + unit, top + unit), label, fill=color, font=font)
+    return picture
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The cells of a bool (H, W) mask that touch its outside, or the edge of the picture."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _clip(box: list[float], size: tuple[int, int]) -> list[float]:
+    """Brings a box onto the picture, still left <= right and top <= bottom."""
+    limits = (size[0] - 1, size[1] - 1) * 2
+    return [min(max(value, 0), limit) for value, limit in zip(box, limits, strict=True)]

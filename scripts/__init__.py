@@ -1,0 +1,1 @@
+"""Command-line programs on models and checkpoints."""

@@ -1,0 +1,257 @@
+"""How close merged students come to their teacher: embeddings, masks behind the same box prompts, size and speed.
+
+    python scripts/evaluate_student.py --teacher sam3_checkpoints/sam3.pt \
+        --students output/efficient_sam3_repvit_m1.pt --data-path data/sa-1b --split val --output output/evaluation
+
+All models see the same pixels, pre-processed as the students' checkpoints say. Boxes come from the annotations; each
+goes through the heads of teacher and student, and the mask of the teacher's best query is compared with the student's
+mask of the same query, whose meaning the frozen heads fix. Without annotations only embeddings are compared.
+
+Letters: `B` boxes of a picture, `G` side of the embedding grid, `M` side of the mask grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from sam3.engine import cli, log, sa1b
+from sam3.engine.files import atomic_path, human_bytes, write_json
+from sam3.engine.losses import build_valid_mask, masked_cosine_per_image
+from sam3.model.data_misc import FindStage
+from sam3.model.geometry_encoders import Prompt
+from sam3.model_builder import build_sam3_image_model, choose_device
+from sam3.transforms import Preprocess, read_image
+from sam3.visualize import draw_objects
+
+PANEL_PX = 320
+
+
+@dataclass
+class Result:
+    """One model's figures; `cosines` per picture, `ious` per box."""
+
+    name: str
+    path: Path
+    trunk_parameters: int
+    cosines: list[float] = field(default_factory=list)
+    ious: list[float] = field(default_factory=list)
+    trunk_ms: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float | str | int | None]:
+        """Plain values for the table and the JSON file."""
+        cosines, times = torch.tensor(self.cosines), torch.tensor(self.trunk_ms)
+        return {
+            "name": self.name,
+            "cosine": cosines.mean().item(),
+            "cosine_p5": cosines.quantile(0.05).item(),
+            "mask_iou": sum(self.ious) / len(self.ious) if self.ious else None,
+            "trunk_parameters": self.trunk_parameters,
+            "trunk_ms": times.median().item(),
+            "file_bytes": self.path.stat().st_size,
+        }
+
+
+class Model:
+    """A model, the output of its trunk, and the time that took."""
+
+    def __init__(self, name: str, path: Path, device: torch.device) -> None:
+        self.model = build_sam3_image_model(checkpoint_path=str(path), device=device)
+        trunk = self.model.backbone.vision_backbone.trunk
+        self.result = Result(name, path, sum(p.numel() for p in trunk.parameters()))
+        trunk.register_forward_pre_hook(self._start)
+        trunk.register_forward_hook(self._stop)
+
+    def _start(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.started = time.perf_counter()
+
+    def _stop(self, module: nn.Module, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+        self.embedding = output[-1].float()
+        self.embedding.sum().item()  # waits for an accelerator
+        self.result.trunk_ms.append(1000 * (time.perf_counter() - self.started))
+
+    def encode(self, images: Tensor) -> dict:
+        """Image features; `embedding` then holds the trunk's grid."""
+        return self.model.backbone.forward_image(images)
+
+    def predict(self, features: dict, boxes: Tensor) -> dict:
+        """Outputs for B boxes (cxcywh in 0..1 of the square), each a prompt of its own, without masks."""
+        zeros = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
+        features.update(self.model.backbone.forward_text(["visual"], device=boxes.device))
+        return self.model.predict_boxes(features, FindStage(zeros, zeros), Prompt(box_embeddings=boxes[None]))
+
+    def masks(self, outputs: dict, queries: Tensor) -> Tensor:
+        """Mask logits `(B, M, M)` of one query for each box."""
+        return self.model.predict_masks(outputs, queries[:, None])["pred_masks"][:, 0]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--teacher", type=Path, required=True, help="checkpoint in the sam3.pt layout")
+    parser.add_argument("--students", type=Path, nargs="+", required=True, help="merged checkpoints")
+    parser.add_argument("--names", nargs="+", help="names of the students in table and picture; left out, file names")
+    parser.add_argument("--data-path", type=Path, required=True, help="data set in the SA-1B layout")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--num-images", type=int, default=100, help="pictures, the first of the split")
+    parser.add_argument("--num-boxes", type=int, default=8, help="boxes a picture, those of the largest masks")
+    parser.add_argument("--num-pictures", type=int, default=4, help="rows of the picture")
+    parser.add_argument("--output", type=Path, required=True, help="folder for evaluation.json and evaluation.png")
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    names = args.names or [path.stem for path in args.students]
+    if len(names) != len(args.students):
+        raise ValueError(f"{len(names)} names for {len(args.students)} students")
+    log.setup()
+    listing = sa1b.list_sa1b(args.data_path, args.split).head(args.num_images)
+    pictures = [
+        (listing.path(index), sa1b.annotation_path(args.data_path, args.split, listing.key(index)))
+        for index in range(len(listing))
+    ]
+    device = choose_device(args.device)
+    teacher = Model("teacher", args.teacher, device)
+    students = [Model(name, path, device) for name, path in zip(names, args.students, strict=True)]
+    preprocess = _shared_preprocess(students)
+    rows = []
+    with torch.inference_mode():
+        for path, annotations in log.progress(pictures, desc="evaluate", unit="images"):
+            row = compare(path, annotations, teacher, students, preprocess, args.num_boxes, device)
+            if row is not None and len(rows) < args.num_pictures:
+                rows.append(row)
+    summaries = [model.result.summary() for model in (teacher, *students)]
+    write_json(args.output / "evaluation.json", {"num_images": len(pictures), "models": summaries})
+    print(table(summaries, num_boxes=len(teacher.result.ious)))
+    if rows:
+        _save_picture(rows, ["photo and prompt", "teacher", *names], args.output / "evaluation.png")
+        print(f"picture: {args.output / 'evaluation.png'}")
+    return 0
+
+
+def _shared_preprocess(students: list[Model]) -> Preprocess:
+    """The students' pre-processing; ValueError if they differ."""
+    first = students[0].model.preprocess
+    for student in students[1:]:
+        if student.model.preprocess != first:
+            raise ValueError(
+                f"{student.result.name} was trained on {student.model.preprocess}, {students[0].result.name} on "
+                f"{first}; evaluate them one at a time"
+            )
+    return first
+
+
+def compare(
+    path: Path,
+    annotations: Path,
+    teacher: Model,
+    students: list[Model],
+    preprocess: Preprocess,
+    num_boxes: int,
+    device: torch.device,
+) -> list[Image.Image] | None:
+    """Adds one picture to all results; returns its panels, or None if it has no boxes."""
+    image = read_image(path)
+    square, size = preprocess.fit(image)
+    sizes = torch.tensor([size], device=device)
+    images = preprocess.normalise(square[None].to(device), sizes)
+    boxes = _boxes(annotations, image, preprocess, num_boxes).to(device)
+    reference = teacher.encode(images)
+    valid = build_valid_mask(sizes, preprocess.img_size, teacher.embedding.shape[-1])
+    teacher.result.cosines.append(1.0)
+    features = {id(student): student.encode(images) for student in students}
+    for student in students:
+        student.result.cosines += masked_cosine_per_image(student.embedding, teacher.embedding, valid).tolist()
+    if not len(boxes):
+        return None
+    outputs = teacher.predict(reference, boxes)
+    queries = outputs["pred_logits"][..., 0].argmax(1)  # (B,)
+    image_size = tuple(image.shape[1:])
+    wanted = preprocess.crop_valid(teacher.masks(outputs, queries), image_size) > 0
+    teacher.result.ious += [1.0] * len(boxes)
+    masks = [wanted]
+    for student in students:
+        found = student.masks(student.predict(features[id(student)], boxes), queries)
+        masks.append(preprocess.crop_valid(found, image_size) > 0)
+        student.result.ious += mask_iou(masks[-1], wanted).tolist()
+    return _panels(square[:, : size[0], : size[1]], boxes[0].cpu(), [mask[0].cpu() for mask in masks], preprocess)
+
+
+def mask_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of bool masks `(B, H, W)`: `(B,)`; 1 where both are empty."""
+    both = (first & second).flatten(1).sum(1).float()
+    either = (first | second).flatten(1).sum(1).float()
+    return torch.where(either == 0, torch.ones_like(both), both / either.clamp(min=1))
+
+
+def _boxes(annotations: Path, image: Tensor, preprocess: Preprocess, count: int) -> Tensor:
+    """The boxes of the largest masks, `(B, 4)` cxcywh in 0..1 of the model's square; none without annotations."""
+    if not annotations.exists():
+        return torch.zeros(0, 4)
+    found = sa1b.read_annotations(annotations)
+    largest = found.boxes[found.areas.argsort(descending=True)[:count]]
+    x0, y0, x1, y1 = preprocess.coords_to_input(largest, tuple(image.shape[1:])).unbind(1)
+    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=1)
+
+
+def _panels(picture: Tensor, box: Tensor, masks: list[Tensor], preprocess: Preprocess) -> list[Image.Image]:
+    """The photo with its box, then one panel per mask; picture `(3, h, w)`, box in 0..1 of the square."""
+    height, width = picture.shape[1:]
+    cx, cy, w, h = (box * preprocess.img_size).tolist()
+    xyxy = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]])
+    empty = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    panels = [draw_objects(picture, empty, xyxy, torch.ones(1))]
+    none = torch.zeros(0, 4)
+    for mask in masks:
+        full = nn.functional.interpolate(mask[None, None].float(), (height, width), mode="nearest") > 0
+        overlay = draw_objects(picture, full, xyxy, torch.ones(1)) if full.any() else None
+        panels.append(overlay or draw_objects(picture, empty[:0], none, torch.zeros(0)))
+    return panels
+
+
+def _save_picture(rows: list[list[Image.Image]], titles: list[str], path: Path) -> None:
+    """A table of panels with a title over each column."""
+    panels = [[_shrink(panel) for panel in row] for row in rows]
+    heights = [max(panel.height for panel in row) for row in panels]
+    top = 24
+    sheet = Image.new("RGB", (PANEL_PX * len(titles), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((PANEL_PX * column + 6, 6), title, fill="black")
+    for row, height in zip(panels, heights, strict=True):
+        for column, panel in enumerate(row):
+            sheet.paste(panel, (PANEL_PX * column, top))
+        top += height
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _shrink(panel: Image.Image) -> Image.Image:
+    width = PANEL_PX - 4
+    return panel.resize((width, round(panel.height * width / panel.width)))
+
+
+def table(summaries: list[dict], num_boxes: int) -> str:
+    """The figures as aligned lines."""
+    head = f"{'model':<24}{'cosine':>9}{'5th pct':>9}{'mask IoU':>10}{'trunk':>11}{'trunk ms':>10}{'file':>11}"
+    lines = [head, "-" * len(head)]
+    for s in summaries:
+        iou = "-" if s["mask_iou"] is None else f"{s['mask_iou']:.3f}"
+        lines.append(
+            f"{s['name']:<24}{s['cosine']:>9.4f}{s['cosine_p5']:>9.4f}{iou:>10}{s['trunk_parameters'] / 1e6:>10.2f}M"
+            f"{s['trunk_ms']:>10.1f}{human_bytes(s['file_bytes']):>11}"
+        )
+    lines.append(f"cosine of embeddings and IoU of masks are against the teacher; {num_boxes} boxes")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,92 @@
+"""Writes a SAM3 with random weights in the layout of sam3.pt, for tests and for trying the pipeline without the real one.
+
+    python scripts/make_tiny_sam3.py --output sam3_checkpoints/sam3_tiny.pt
+
+The weights are scaled so that signals keep their size from layer to layer: embeddings vary with the picture and from place
+to place, scores spread around one half, and masks follow edges and colours. They mean nothing. The same preset, seed and
+version of torch give the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sam3.engine.cli import make_parser, run_main
+from sam3.engine.files import human_bytes
+from sam3.engine.weights import save_weights
+from sam3.model.config import PRESETS, TRUNK, Sam3Config
+from sam3.model.sam3_image import Sam3Image
+from sam3.model_builder import assemble_image_model
+
+PRESENCE_BIAS = 4.0  # the presence score starts near 1, so that the queries' own scores decide
+
+
+def make_model(config: Sam3Config, seed: int) -> Sam3Image:
+    """A SAM3 with the second neck, as in the released file, on the CPU."""
+    with torch.device("meta"):
+        model = assemble_image_model(config, with_sam2_neck=True)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point():  # not the rotary tables, which have their one right value
+                tensor.copy_(initial_values(key, tuple(tensor.shape), generator))
+    return model.eval()
+
+
+def initial_values(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random values for the weight `key`, named as in sam3.pt without `detector.`."""
+    if len(shape) == 1:
+        value = torch.ones(shape) if key.endswith(".weight") else torch.zeros(shape)
+        return value + PRESENCE_BIAS if key.endswith("presence_token_head.layers.2.bias") else value
+    if key == f"{TRUNK}patch_embed.proj.weight":
+        # Smooth filters: what they see is the colour and the coarse pattern of a patch, not its noise.
+        coarse = torch.randn(shape[0], 3, 4, 4, generator=generator)
+        coarse -= 0.8 * coarse.mean(dim=(2, 3), keepdim=True)  # else brightness would drown everything
+        smooth = F.interpolate(coarse, size=shape[2:], mode="bicubic", align_corners=True)
+        return smooth / smooth[0].numel() ** 0.5
+    values = torch.randn(shape, generator=generator)
+    if key.endswith(("pos_embed", "positional_embedding")):
+        return 0.1 * values
+    if key.endswith(("embed.weight", "embedding.weight", "reference_points.weight", "presence_token.weight")):
+        return values
+    fan_in = values[0].numel()
+    if "dconv_2x2" in key:  # transposed convolutions: (in, out, 2, 2), and no two taps meet in a pixel
+        fan_in = shape[0]
+    return gain(key) * values / fan_in**0.5
+
+
+def gain(key: str) -> float:
+    """Strength of a layer; 1 keeps the size of its input."""
+    if key.startswith("transformer.decoder.layers.") and key.endswith(("out_proj.weight", "linear2.weight")):
+        return 0.3  # the queries stay different from each other
+    if key.endswith("bbox_embed.layers.2.weight"):
+        return 0.3  # the boxes stay near the queries' own reference points
+    if key == "dot_prod_scoring.hs_proj.weight":
+        return 2.0  # some scores above one half, some below
+    return 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--output", type=Path, default=Path("sam3_checkpoints/sam3_tiny.pt"), help="file to write")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="sizes; full takes 3.4 GB")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    args = parser.parse_args(argv)
+    model = make_model(Sam3Config.preset(args.preset), args.seed)
+    tensors = {f"detector.{key}": tensor for key, tensor in model.state_dict().items()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(args.output, tensors, {"random_weights": {"preset": args.preset, "seed": args.seed}})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = human_bytes(args.output.stat().st_size)
+    print(f"{args.output}: {len(tensors)} entries, {parameters / 1e6:.2f}M parameters, {size}, random weights")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,162 @@
+"""Finds objects in one picture, by text, boxes and points, and draws them.
+
+    python scripts/predict.py --checkpoint sam3_checkpoints/sam3.pt --image photo.jpg --text "red car" --output out.png
+    python scripts/predict.py --checkpoint merged.pt --image photo.jpg --box 40 60 210 300 --json masks.json
+
+Takes `sam3.pt`, merged student checkpoints and the tiny ones, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sam3.engine.cli import make_parser, run_main
+from sam3.engine.files import atomic_path, write_json
+from sam3.model.sam3_image_processor import Sam3Processor
+from sam3.model_builder import build_sam3_image_model
+from sam3.transforms import read_image
+from sam3.visualize import draw_objects
+
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    box = {"nargs": 4, "type": float, "action": "append", "default": [], "metavar": ("X0", "Y0", "X1", "Y1")}
+    add("--checkpoint", required=True, type=Path, help="sam3.pt, a merged student checkpoint, or a tiny one")
+    add("--image", required=True, type=Path, help="picture to look at")
+    add("--text", help='phrase to look for, such as "red car"')
+    add("--box", **box, help="pixels of something to find; may be given again")
+    add("--negative-box", **box, help="pixels of something not to find; may be given again")
+    add("--point", nargs=3, type=float, action="append", default=[], metavar=("X", "Y", "LABEL"),
+        help="pixel on something to find (label 1) or not to find (0); may be given again")  # fmt: skip
+    add("--threshold", type=float, default=0.5, help="keep objects with a higher score (0..1)")
+    add("--top-k", type=int, help="keep at most so many objects, the best")
+    add("--output", type=Path, help="picture with masks, boxes and scores drawn over it")
+    add("--json", type=Path, help="masks (COCO RLE), boxes and scores as JSON")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=AUTOCAST_DTYPES, default="fp32", help="precision of the matrix products")
+    add("--compile", action="store_true", help="compile the model first: slower start, faster afterwards")
+    args = parser.parse_args(argv)
+    if args.text is None and not (args.box or args.negative_box or args.point):
+        parser.error("nothing to look for: give --text, --box, --negative-box or --point")
+    if not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold is a score in 0..1, got {args.threshold}")
+    if args.top_k is not None and args.top_k < 1:
+        parser.error(f"--top-k must be at least 1, got {args.top_k}")
+    if any(point[2] not in (0, 1) for point in args.point):
+        parser.error("the label of a --point is 1 (find this) or 0 (not this)")
+    if args.output and args.output.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--output {args.output}: unknown picture format; use a name that ends in .png or .jpg")
+    if args.json and find_spec("pycocotools") is None:
+        parser.error("--json needs pycocotools, which is not installed: pip install pycocotools")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, also where nothing scored above the threshold (which it says)."""
+    args = parse_args(argv)
+    image = read_image(args.image)
+    boxes = [(normalised_box(box, image), True) for box in args.box]
+    boxes += [(normalised_box(box, image), False) for box in args.negative_box]
+    points = [((x, y), bool(label)) for x, y, label in args.point]
+    model = build_sam3_image_model(checkpoint_path=args.checkpoint, device=args.device, compile=args.compile)
+    processor = Sam3Processor(
+        model,
+        confidence_threshold=args.threshold,
+        autocast_dtype=AUTOCAST_DTYPES[args.dtype],
+        top_k=args.top_k,
+    )
+    start = time.perf_counter()
+    state = processor.set_image(image)
+    processor.set_prompts(state, text=args.text, boxes=boxes, points=points)
+    logger.info("model ran %.2f s on %s", time.perf_counter() - start, processor.device)
+    report(state, processor)
+    if args.output:
+        save_overlay(args.output, image, state)
+    if args.json:
+        write_json(args.json, to_coco(args, state))
+    return 0
+
+
+def normalised_box(box: list[float], image: Tensor) -> tuple[float, float, float, float]:
+    """Pixels (left, top, right, bottom) -> (cx, cy, w, h) in 0..1 of the picture (3, H, W).
+
+    Raises ValueError where the box has no area or leaves the picture.
+    """
+    height, width = image.shape[1:]
+    left, top, right, bottom = box
+    if not (left < right and top < bottom):
+        raise ValueError(
+            f"box {_numbers(box)} has no area; give left, top, right, bottom with left < right, top < bottom"
+        )
+    if left < 0 or top < 0 or right > width or bottom > height:
+        raise ValueError(f"box {_numbers(box)} leaves the picture, which is {width} x {height} pixels")
+    return (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
+
+
+def report(state: dict[str, Any], processor: Sam3Processor) -> None:
+    """Prints one line per object, or what would have been found."""
+    if not len(state["scores"]):
+        print(
+            f"no object above {processor.confidence_threshold:g}; the best score is {processor.best_score(state):.4f}"
+        )
+        return
+    print(f"{len(state['scores'])} objects above {processor.confidence_threshold:g}")
+    for score, box, mask in zip(state["scores"], state["boxes"], state["masks"], strict=True):
+        print(f"  score {score:.4f}  box {_numbers(box.tolist())}  mask {int(mask.sum())} px")
+
+
+def save_overlay(path: Path, image: Tensor, state: dict[str, Any]) -> None:
+    """Draws the objects over `image` (3, H, W) into the file `path`, whose suffix says the format."""
+    drawing = draw_objects(image, state["masks"], state["boxes"], state["scores"])
+    with atomic_path(path) as temporary:
+        drawing.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def to_coco(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
+    """Objects as COCO annotations: `bbox` is left, top, width, height in pixels, `segmentation` a compressed RLE."""
+    from pycocotools import mask as coco_mask  # only this output needs it
+
+    annotations = []
+    for number, (score, box, mask) in enumerate(zip(state["scores"], state["boxes"], state["masks"], strict=True)):
+        rle = coco_mask.encode(np.asfortranarray(mask[0].cpu().numpy().astype(np.uint8)))
+        left, top, right, bottom = box.tolist()
+        annotations.append(
+            {
+                "id": number,
+                "score": score.item(),
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int(coco_mask.area(rle)),
+                "segmentation": {"size": list(mask.shape[1:]), "counts": rle["counts"].decode()},
+            }
+        )
+    return {
+        "image": {"file_name": args.image.name, "height": state["original_height"], "width": state["original_width"]},
+        "prompt": {"text": args.text, "box": args.box, "negative_box": args.negative_box, "point": args.point},
+        "threshold": args.threshold,
+        "annotations": annotations,
+    }
+
+
+def _numbers(values: list[float]) -> str:
+    return "(" + ", ".join(f"{value:.1f}".removesuffix(".0") for value in values) + ")"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_main(main)

@@ -1,0 +1,144 @@
+"""Package a Stage-1 student with SAM3's heads: replaces the image encoder in sam3.pt by the student.
+
+    python stage1/convert_stage1_weights.py \
+      --student-ckpt output/stage1/repvit_m1/ckpt_epoch_29.pth \
+      --sam3-ckpt sam3_checkpoints/sam3.pt \
+      --output output/efficient_sam3_repvit_m1.pt
+
+Files are memory-mapped: RAM stays near the largest tensor. The output appears once it is proven: every tensor bit-equal
+to its source, no tensor of the teacher's encoder left, loaded strictly by the model. `.safetensors` works everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sam3.backbones.student import describe, recognise_student
+from sam3.engine.cli import make_parser, run_main
+from sam3.engine.files import free_bytes, human_bytes, require_free_space, sha256
+from sam3.engine.merge import LANGUAGE, STUDENT_TRUNK, TRUNK, VISION, MergePlan, check_merge, plan_merge, write_merge
+from sam3.engine.weights import WeightFile, load_weights, normalise_sam3_keys
+from sam3.model_builder import build_efficientsam3_image_model
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("Merge a Stage-1 student into a SAM3 checkpoint.")
+    parser.add_argument("--student-ckpt", type=Path, required=True, help="Stage-1 checkpoint, ckpt_epoch_<n>.pth")
+    parser.add_argument("--sam3-ckpt", type=Path, default=Path("sam3_checkpoints/sam3.pt"), help="the teacher's file")
+    parser.add_argument("--output", type=Path, help="merged file (default: <student without suffix>_sam3.pth)")
+    parser.add_argument("--target-prefix", default=f"{STUDENT_TRUNK}.", help="put before every student key")
+    parser.add_argument("--replace-prefix", default=TRUNK, help="SAM3 keys below it are dropped")
+    parser.add_argument(
+        "--skip-teacher-prefix", action="append", default=[], help="further SAM3 keys to leave out (repeatable)"
+    )
+    parser.add_argument(
+        "--allow-other-teacher", action="store_true", help="accept a SAM3 file that the student was not trained from"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Raises FileNotFoundError, ValueError (files that do not fit each other) and OSError (disk)."""
+    args = parse_args(argv)
+    output = args.output or args.student_ckpt.with_name(f"{args.student_ckpt.stem}_sam3.pth")
+    for source in (args.student_ckpt, args.sam3_ckpt):
+        if output.exists() and source.exists() and output.samefile(source):
+            raise ValueError(f"--output {output} is one of the inputs; choose another name")
+    student = load_weights(args.student_ckpt)
+    sam3 = load_weights(args.sam3_ckpt)
+    sam3.tensors = normalise_sam3_keys(sam3.tensors, sam3.path)
+    plan = plan_merge(student, sam3, args.target_prefix, [args.replace_prefix], args.skip_teacher_prefix)
+    backbone, embed_dim = recognise_student(plan.tensors, plan.target_prefix)
+    print_plan(plan, sam3, backbone, output)
+    check_backbone(student, backbone)
+    check_merge(plan)
+    check_teacher(student, args.sam3_ckpt, args.allow_other_teacher)
+    require_free_space(output.parent, num_bytes(plan.tensors), f"writing {output.name}")
+    if args.dry_run:
+        print(f"Dry run: nothing written; {human_bytes(free_bytes(output.parent))} are free in {output.parent}")
+        return 0
+    meta = merged_meta(student, sam3) | {"backbone": backbone, "embed_dim": embed_dim}
+    proof = write_merge(output, plan, meta, functools.partial(load_into_model, plan))
+    print(f"Student parameters copied: {plan.copied} -> prefix '{plan.target_prefix}'")
+    print(f"Teacher params skipped={plan.skipped}, replaced={plan.replaced}, appended={plan.appended}")
+    print(f"Combined checkpoint saved to: {output}")
+    print(
+        f"Proof: {len(plan.tensors)} tensors read back, 0 missing, 0 unexpected; {proof.from_student} bit-equal to the "
+        f"student, {proof.from_base} to SAM3; 0 tensors of the replaced encoder left; the model loads it strictly"
+    )
+    print(f"Size: {human_bytes(proof.file_bytes)} (SAM3 file: {human_bytes(args.sam3_ckpt.stat().st_size)})")
+    return 0
+
+
+def print_plan(plan: MergePlan, sam3: WeightFile, backbone: str, output: Path) -> None:
+    student = {key: plan.tensors[key] for key in plan.student_keys}
+    removed = {key: sam3.tensors[key] for key in plan.replaced_keys}
+    print(f"Student: {plan.student_path} ({describe(backbone)}; {_amount(student)})")
+    print(f"SAM3:    {sam3.path} ({_amount(sam3.tensors)})")
+    print(f"Removed: {', '.join(plan.replace_prefixes)} ({_amount(removed)})")
+    print(f"Output:  {output} ({_amount(plan.tensors)})")
+
+
+def check_backbone(student: WeightFile, backbone: str) -> None:
+    stated = student.meta.get("backbone", backbone)
+    if stated != backbone:
+        raise ValueError(
+            f"{student.path} says that it is a '{stated}', but its weights are those of {describe(backbone)}; "
+            "take the checkpoint as training wrote it"
+        )
+
+
+def check_teacher(student: WeightFile, sam3_path: Path, allow_other: bool) -> None:
+    """The heads of another SAM3 file would read embeddings they were not trained on."""
+    wanted = student.meta.get("teacher", {}).get("sha256")
+    if wanted is None:
+        print(f"Note: {student.path} does not say which SAM3 file it was trained from, so that is not checked")
+        return
+    found = sha256(sam3_path)
+    if found == wanted:
+        return
+    difference = f"{student.path} was trained from the SAM3 file with SHA-256 {wanted}, {sam3_path} has {found}"
+    if not allow_other:
+        raise ValueError(f"{difference}; give that file as --sam3-ckpt or add --allow-other-teacher")
+    print(f"Warning: {difference}")
+
+
+def merged_meta(student: WeightFile, sam3: WeightFile) -> dict[str, Any]:
+    """The student's meta (backbone, embedding size, pre-processing, teacher) over SAM3's, and where it came from."""
+    origin = {"file": student.path.name}
+    origin.update({key: student.payload[key] for key in ("epoch", "step") if key in student.payload})
+    return {**sam3.meta, **student.meta, "student": origin}
+
+
+def load_into_model(plan: MergePlan, path: Path) -> None:
+    """Build the model as users will; the builder loads the file strictly and raises ValueError if it cannot."""
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in plan.tensors)
+
+    build_efficientsam3_image_model(
+        checkpoint_path=path,
+        device="cpu",
+        enable_text_encoder=has(f"{LANGUAGE}."),
+        enable_segmentation=has("detector.segmentation_head."),
+        with_sam2_neck=has(f"{VISION}.sam2_convs."),
+    )
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _amount(tensors: Mapping[str, Tensor]) -> str:
+    return f"{len(tensors)} tensors, {human_bytes(num_bytes(tensors))}"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+
+import pytest
+import torch
+
+from sam3.engine import checkpoint
+from sam3.engine.distributed import World
+from sam3.engine.log import MetricLog
+from sam3.engine.loop_settings import LoopSettings
+from sam3.engine.signals import StoppedBySignal
+from tests.engine import toy_train
+
+CPU = World(0, 1, 0, torch.device("cpu"))
+
+
+def assert_same(first: dict, second: dict) -> None:
+    """Two checkpoints hold bit-equal weights, optimizer state and random numbers, at the same place."""
+    assert first["model"].keys() == second["model"].keys()
+    for name, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][name]), name
+    for index, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second["optimizer"]["state"][index][name])), name
+    assert torch.equal(first["rng"][0]["torch"], second["rng"][0]["torch"])
+    assert [first[k] for k in ("epoch", "step", "samples", "epoch_complete")] == [
+        second[k] for k in ("epoch", "step", "samples", "epoch_complete")
+    ]
+
+
+def test_training_lowers_the_loss_and_writes_what_it_says(tmp_path):
+    with MetricLog(tmp_path, tensorboard=False) as metrics:
+        result, _ = toy_train.run(tmp_path, CPU, epochs=30, noisy=False, print_freq=8, metrics=metrics, save_freq=10)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert result.position == checkpoint.Position(30, 240, 0)
+    assert [line["step"] for line in lines] == list(range(8, 241, 8))
+    assert lines[-1]["train/loss_total"] < 0.1 * lines[0]["train/loss_total"]
+    assert {"train/lr", "train/grad_norm", "train/step_ms", "train/data_ms", "train/images_per_s"} <= lines[0].keys()
+    assert sorted(p.name for p in tmp_path.glob("ckpt*")) == [f"ckpt_epoch_{e}.pth" for e in (19, 29, 9)]
+
+
+def test_first_adamw_step_is_the_one_worked_out_by_hand(tmp_path):
+    """Adam's first update is -lr sign(g) for gradients far above eps; decay multiplies by 1 - lr * 0.1 before."""
+    before = toy_train.ToyDistiller(noisy=False)
+    for i, parameter in enumerate(before.parameters()):
+        torch.nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(i))
+    data = toy_train.ToyData(4)
+    before(toy_train.ToyBatch(data.inputs, data.targets))["total"].backward()
+    _, after = toy_train.run(None, CPU, epochs=1, num_samples=4, noisy=False, lr=0.01)
+    for p, q in zip(before.parameters(), after.parameters(), strict=True):
+        decay = 1 - 0.01 * 0.1 if p.ndim > 1 else 1.0
+        expected = p * decay - 0.01 * p.grad.sign() * (p.grad != 0)
+        torch.testing.assert_close(q, expected, atol=1e-5, rtol=0)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    _, joined = toy_train.run(None, CPU, batch_size=8, noisy=False, clip_grad=0.5)
+    _, split = toy_train.run(None, CPU, batch_size=2, accumulation=4, noisy=False, clip_grad=0.5)
+    for p, q in zip(joined.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("remainder", "steps"), [(False, 2), (True, 3)])
+def test_remainder_of_an_accumulation_group(remainder, steps):
+    result, _ = toy_train.run(None, CPU, epochs=1, accumulation=3, step_remainder=remainder)  # 8 batches
+    assert result.position.step == steps
+
+
+def test_two_epochs_plus_two_resumed_equal_four(tmp_path):
+    toy_train.run(tmp_path / "whole", CPU, epochs=4)
+    short = tmp_path / "short"
+    toy_train.run(short, CPU, epochs=4)
+    (short / "ckpt_epoch_2.pth").unlink()
+    (short / "ckpt_epoch_3.pth").unlink()
+    toy_train.run(short, CPU, epochs=4, resume=checkpoint.newest(short))
+    assert_same(checkpoint.load(tmp_path / "whole/ckpt_epoch_3.pth"), checkpoint.load(short / "ckpt_epoch_3.pth"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resume_in_the_middle_of_an_epoch_is_bit_equal(tmp_path, optimizer):
+    """4 steps = 2 + resume + 2, with accumulation, dropout, BatchNorm and validation drawing random numbers."""
+
+    def validate(epoch: int, step: int) -> dict[str, float]:
+        return {"val/noise": float(torch.rand(()))}
+
+    options = {"epochs": 1, "accumulation": 2, "clip_grad": 1.0, "validate": validate, "optimizer": optimizer}
+    toy_train.run(tmp_path, CPU, save_steps=2, **options)
+    whole = checkpoint.load(tmp_path / "ckpt_epoch_0.pth")
+    (tmp_path / "ckpt_epoch_0.pth").unlink()
+    middle = checkpoint.newest(tmp_path)
+    assert middle.name == "ckpt_epoch_0_step_2.pth"
+    torch.manual_seed(99)
+    result, _ = toy_train.run(tmp_path, CPU, resume=middle, **options)
+    assert result.position.step == 4
+    assert_same(whole, checkpoint.load(tmp_path / "ckpt_epoch_0.pth"))
+
+
+def test_max_steps_stops_in_mid_epoch_and_goes_on_from_there(tmp_path):
+    options = {"epochs": 2, "batch_size": 4}
+    result, _ = toy_train.run(tmp_path, CPU, max_steps=11, **options)
+    assert result.position == checkpoint.Position(1, 11, 12)
+    assert checkpoint.newest(tmp_path).name == "ckpt_epoch_1_step_11.pth"
+    again, _ = toy_train.run(tmp_path, CPU, max_steps=11, resume=checkpoint.newest(tmp_path), **options)
+    assert again.position.step == 11
+    more, _ = toy_train.run(tmp_path, CPU, max_steps=13, resume=checkpoint.newest(tmp_path), **options)
+    assert more.position == checkpoint.Position(1, 13, 20)
+
+
+def test_nothing_is_saved_without_output(tmp_path):
+    result, _ = toy_train.run(None, CPU, epochs=1, save_steps=1)
+    assert result.position.step == 8
+    assert result.step_s > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_freq_always_saves_the_last_epoch(tmp_path):
+    toy_train.run(tmp_path, CPU, epochs=5, save_freq=2)
+    assert {p.name for p in tmp_path.glob("*.pth")} == {f"ckpt_epoch_{e}.pth" for e in (1, 3, 4)}
+
+
+def test_keep_last_keeps_the_newest_and_the_best(tmp_path):
+    values = iter([3.0, 1.0, 2.0, 5.0])
+    result, _ = toy_train.run(
+        tmp_path,
+        CPU,
+        epochs=4,
+        save_steps=4,
+        keep_last=2,
+        best_metric="val/mse",
+        validate=lambda epoch, step: {"val/mse": next(values)},
+    )
+    assert {p.name for p in tmp_path.glob("*.pth")} == {
+        "ckpt_epoch_3.pth",
+        "ckpt_epoch_3_step_28.pth",
+        "ckpt_best.pth",
+    }
+    assert result.best == {"metric": "val/mse", "value": 1.0, "epoch": 1, "step": 16}
+    assert checkpoint.load(tmp_path / "ckpt_best.pth")["epoch"] == 1
+    assert checkpoint.load(tmp_path / "ckpt_epoch_3.pth")["best"]["value"] == 1.0
+
+
+def test_best_survives_a_resume(tmp_path):
+    options = {"best_metric": "a", "best_mode": "max"}
+    toy_train.run(tmp_path, CPU, epochs=2, validate=lambda e, s: {"a": [5.0, 4.0][e]}, **options)
+    result, _ = toy_train.run(
+        tmp_path, CPU, epochs=3, validate=lambda e, s: {"a": 4.5}, resume=checkpoint.newest(tmp_path), **options
+    )
+    assert result.best["value"] == 5.0
+    assert checkpoint.load(tmp_path / "ckpt_best.pth")["epoch"] == 0
+
+
+def test_unknown_best_metric_is_named():
+    with pytest.raises(ValueError, match=r"best_metric 'x' is not among the validation's results: a"):
+        toy_train.run(None, CPU, epochs=1, best_metric="x", validate=lambda e, s: {"a": 1.0})
+
+
+def test_validation_sees_eval_mode_and_leaves_random_numbers_alone(tmp_path):
+    plain = toy_train.run(None, CPU, epochs=2)[1]
+
+    def validate(epoch: int, step: int) -> dict[str, float]:
+        assert not torch.is_grad_enabled()
+        torch.rand(7)
+        return {}
+
+    checked = toy_train.run(None, CPU, epochs=2, validate=validate, validate_steps=3)[1]
+    for p, q in zip(plain.parameters(), checked.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_eval_bn_keeps_running_statistics():
+    _, model = toy_train.run(None, CPU, epochs=1, eval_bn=True)
+    assert torch.equal(model.student[1].running_mean, torch.zeros(8))
+    _, model = toy_train.run(None, CPU, epochs=1)
+    assert model.student[1].running_mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_with_bad_gradients_changes_nothing(optimizer):
+    """Batch 4 of one sample each is NaN: three steps are done, and the first step of an optimizer may be the bad one."""
+    options = {"batch_size": 1, "num_samples": 4, "noisy": False, "epochs": 1, "optimizer": optimizer, "lr": 0.01}
+    order = toy_train.EpochSampler(4, 1, seed=3).permutation().tolist()
+    for position in (0, 3):
+        _, model = toy_train.run(None, CPU, bad=[order[position]], clip_grad=1.0, **options)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        expected = _steps_by_hand([i for i in order if i != order[position]], order, optimizer)
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def _steps_by_hand(used: list[int], order: list[int], name: str) -> torch.nn.Module:
+    """Plain torch over the good samples, each with the learning rate of its own step."""
+    model = toy_train.ToyDistiller(noisy=False)
+    for i, parameter in enumerate(model.parameters()):
+        torch.nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(i))
+    groups = toy_train.parameter_groups(model, 0.1)
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=False)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, foreach=False)
+    data = toy_train.ToyData(4)
+    for i in used:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.005 * (1 + math.cos(math.pi * order.index(i) / 4))
+        optimizer.zero_grad()
+        model(toy_train.ToyBatch(data.inputs[i : i + 1], data.targets[i : i + 1]))["total"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def test_training_aborts_after_bad_steps_in_a_row():
+    with pytest.raises(ValueError, match=r"not finite in 8 steps in a row, up to step 8"):
+        toy_train.run(None, CPU, epochs=1, bad=range(32), noisy=False, max_bad_steps=5, print_freq=100)
+
+
+def test_bad_steps_apart_do_not_abort():
+    order = toy_train.EpochSampler(32, 4, seed=3).permutation().tolist()
+    result, _ = toy_train.run(
+        None, CPU, epochs=1, bad=[order[0], order[8], order[16]], noisy=False, max_bad_steps=2, print_freq=1
+    )
+    assert result.position.step == 8
+
+
+def test_a_model_poisoned_with_nan_is_not_saved(tmp_path):
+    """BatchNorm's running statistics take NaN in from the forward pass, though the step itself is skipped."""
+    with pytest.raises(ValueError, match=r"1\.running_mean holds NaN or infinite values after step 8"):
+        toy_train.run(tmp_path, CPU, epochs=1, bad=[0])
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_and_resumes(tmp_path, dtype):
+    options = {"noisy": False, "amp_dtype": dtype, "print_freq": 4}
+    toy_train.run(tmp_path, CPU, epochs=12, **options)
+    last = checkpoint.load(tmp_path / "ckpt_epoch_11.pth")
+    assert bool(last["scaler"]) == (dtype == torch.float16)
+    for epoch in range(6, 12):
+        (tmp_path / f"ckpt_epoch_{epoch}.pth").unlink()
+    toy_train.run(tmp_path, CPU, epochs=12, resume=checkpoint.newest(tmp_path), **options)
+    assert_same(last, checkpoint.load(tmp_path / "ckpt_epoch_11.pth"))
+    data = toy_train.ToyData(32)
+    model = toy_train.ToyDistiller(noisy=False)
+    model.student.load_state_dict(last["model"])
+    assert model(toy_train.ToyBatch(data.inputs, data.targets))["total"] < 1.0
+
+
+def test_fp16_overflow_lowers_the_scale_and_skips(tmp_path):
+    """Gradients of a few units times the first scale of 65536 overflow float16; the scale halves until they fit."""
+    with MetricLog(tmp_path, tensorboard=False) as metrics:
+        toy_train.run(None, CPU, noisy=False, amp_dtype=torch.float16, print_freq=1, metrics=metrics, lr=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    skipped = lines[-1]["train/skipped_steps"]
+    assert skipped > 0
+    assert lines[-1]["train/amp_scale"] == 65536 / 2**skipped
+    assert [line["train/grad_norm"] for line in lines].count(None) == skipped  # no finite norm in these
+
+
+def test_a_signal_saves_and_the_next_run_ends_bit_equal(tmp_path):
+    toy_train.run(tmp_path / "whole", CPU, epochs=2)
+
+    def stop_at_step_11(epoch: int, step: int) -> dict[str, float]:
+        if step == 11:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    with pytest.raises(StoppedBySignal) as caught:
+        toy_train.run(tmp_path / "cut", CPU, epochs=2, validate=stop_at_step_11, validate_steps=11)
+    assert caught.value.code == 143
+    path = checkpoint.newest(tmp_path / "cut")
+    assert path.name == "ckpt_epoch_1_step_11.pth"
+    assert str(path) in caught.value.message
+    toy_train.run(tmp_path / "cut", CPU, epochs=2, resume=path)
+    assert_same(
+        checkpoint.load(tmp_path / "whole/ckpt_epoch_1.pth"), checkpoint.load(tmp_path / "cut/ckpt_epoch_1.pth")
+    )
+
+
+def test_a_signal_in_the_last_validation_leaves_the_validation_to_do(tmp_path):
+    def stop(epoch: int, step: int) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+    with pytest.raises(StoppedBySignal) as caught:
+        toy_train.run(tmp_path, CPU, epochs=1, validate=stop)
+    assert caught.value.code == 130
+    assert checkpoint.newest(tmp_path).name == "ckpt_epoch_0_step_8.pth"
+    seen = []
+    result, _ = toy_train.run(
+        tmp_path, CPU, epochs=1, resume=checkpoint.newest(tmp_path), validate=lambda e, s: seen.append((e, s)) or {}
+    )
+    assert seen == [(0, 8)]
+    assert result.position == checkpoint.Position(1, 8, 0)
+    assert checkpoint.newest(tmp_path).name == "ckpt_epoch_0.pth"
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    toy_train.run(None, CPU, epochs=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_too_few_batches_for_one_step():
+    with pytest.raises(ValueError, match=r"8 batches per epoch and process are fewer than the 9 accumulated"):
+        toy_train.run(None, CPU, accumulation=9)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    toy_train.run(tmp_path, CPU, epochs=1, noisy=False)
+    with pytest.raises(ValueError, match="weights do not fit the model"):
+        toy_train.run(tmp_path, CPU, epochs=2, noisy=True, resume=tmp_path / "ckpt_epoch_0.pth")
+
+
+def test_another_data_set_is_refused_in_mid_epoch(tmp_path):
+    toy_train.run(tmp_path, CPU, epochs=1, max_steps=2)
+    with pytest.raises(ValueError, match="num_samples 32, this run's over 36"):
+        toy_train.run(tmp_path, CPU, epochs=1, num_samples=36, resume=checkpoint.newest(tmp_path))
+
+
+def test_another_batch_size_on_resume_keeps_the_schedule_in_place(tmp_path):
+    """12 of 32 samples of the second epoch are used; with batch 2 that is step 16 + 6 of 32."""
+    toy_train.run(tmp_path, CPU, epochs=2, max_steps=11)
+    with MetricLog(tmp_path, tensorboard=False) as metrics:
+        result, _ = toy_train.run(
+            tmp_path, CPU, epochs=2, batch_size=2, resume=checkpoint.newest(tmp_path), print_freq=1, metrics=metrics
+        )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 12
+    assert lines[0]["train/lr"] == pytest.approx(0.025 * (1 + math.cos(math.pi * 22 / 32)))
+    assert result.position.step == 11 + 10
+
+
+@pytest.mark.parametrize("field", ["epochs", "accumulation", "print_freq", "save_freq", "max_bad_steps"])
+def test_settings_below_one_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+        LoopSettings(**{"epochs": 1, field: 0})
+
+
+def test_log_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sam3"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="sam3.train"):
+        toy_train.run(None, CPU, epochs=1, print_freq=4)
+    assert "epoch 0/1 step 4/8 (50.0%) | loss mse" in caplog.text
+    assert "images/s" in caplog.text
