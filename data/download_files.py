@@ -1,6 +1,6 @@
-"""Download the files named in a list, from a list of links. Needs nothing but Python.
+"""Download the files named in a list, from a list of links.
 
-    python3 data/download_files.py --links links.txt --names data/sa-1b-1p.txt --output data/sa-1b-1p
+    python data/download_files.py --links links.txt --names data/sa-1b-1p.txt --output data/sa-1b-1p
 
 The link list is what the data set's site gives after its licence was accepted: lines `file_name<TAB>cdn_link`.
 A file is `NAME.part` until all of its bytes are there, so a name without `.part` is a whole file. Run the same command

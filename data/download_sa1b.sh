@@ -9,7 +9,7 @@
 # SUBSET  1p (default) or 10p: the names in data/sa-1b-$SUBSET.txt
 # OUTPUT  data/sa-1b-$SUBSET
 # JOBS    4 downloads at a time
-# PYTHON  interpreter, 3.10 or newer (.venv/bin/python or python3); no package needs to be installed
+# PYTHON  .venv/bin/python (made by scripts/setup_env.sh), else python3
 #
 # Each is set in the environment or given as KEY=VALUE; other arguments go to data/download_files.py (--dry-run, --help).
 set -euo pipefail
@@ -44,8 +44,9 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     if [ -x "$root/.venv/bin/python" ]; then PYTHON="$root/.venv/bin/python"; fi
 fi
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "error: $PYTHON is not Python 3.10 or newer; install one from https://www.python.org or set PYTHON=" >&2
+installed='import importlib.util, sys; sys.exit(sys.version_info < (3, 10) or importlib.util.find_spec("torch") is None)'
+if ! "$PYTHON" -c "$installed" 2>/dev/null; then
+    echo "error: $PYTHON is older than Python 3.10 or lacks this project's packages; run: bash scripts/setup_env.sh" >&2
     exit 1
 fi
 export PYTHONPATH="$root/sam3${PYTHONPATH:+:$PYTHONPATH}"

@@ -7,7 +7,8 @@
 #   . "$(dirname "${BASH_SOURCE[0]}")/../../scripts/launch.sh"
 #
 # A knob is set by a KEY=VALUE argument, else by the environment variable of that name, else by the default; an empty
-# one leaves its flag out. Everything else goes to the program in the order given. After --opts nothing is a knob.
+# one leaves its flag out. Everything else goes to the program in the order given; the words that follow --opts, up to
+# the next flag, are never knobs.
 #
 #   GPUS=8             processes on this machine, one per GPU; 0 is one CPU process without torchrun
 #   DEVICE=            cpu with GPUS=N runs N CPU processes
@@ -42,6 +43,7 @@ in_opts=0
 previous=""
 for argument in "$@"; do
     key=${argument%%=*}
+    if [[ "$argument" == --* ]]; then in_opts=0; fi
     if [ "$in_opts" = 1 ]; then
         extras+=("$argument")
     elif [[ "$argument" =~ ^[A-Z][A-Z0-9_]*= ]]; then

@@ -1,10 +1,10 @@
-"""Writes a SAM3 with random weights in the layout of sam3.pt, for tests and for trying the pipeline without the real one.
+"""Writes a SAM3 with random weights in the layout of sam3.pt: for tests, and to try the pipeline without the real one.
 
     python scripts/make_tiny_sam3.py --output sam3_checkpoints/sam3_tiny.pt
 
-The weights are scaled so that signals keep their size from layer to layer: embeddings vary with the picture and from place
-to place, scores spread around one half, and masks follow edges and colours. They mean nothing. The same preset, seed and
-version of torch give the same file.
+The weights are scaled so that signals keep their size from layer to layer: embeddings vary with the picture and from
+place to place, scores spread around one half, and masks follow edges and colours. They mean nothing. The same preset,
+seed and version of torch give the same file.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("sam3_checkpoints/sam3_tiny.pt"), help="file to write")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="sizes; full takes 3.4 GB")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the weights; how many objects are found depends on it"
+    )
     args = parser.parse_args(argv)
     model = make_model(Sam3Config.preset(args.preset), args.seed)
     tensors = {f"detector.{key}": tensor for key, tensor in model.state_dict().items()}

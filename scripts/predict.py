@@ -54,6 +54,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.text is None and not (args.box or args.negative_box or args.point):
         parser.error("nothing to look for: give --text, --box, --negative-box or --point")
+    if args.text is not None and not args.text.strip():
+        parser.error("--text is empty; give a phrase, or leave it out and give a --box")
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold is a score in 0..1, got {args.threshold}")
     if args.top_k is not None and args.top_k < 1:
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     image = read_image(args.image)
     boxes = [(normalised_box(box, image), True) for box in args.box]
     boxes += [(normalised_box(box, image), False) for box in args.negative_box]
-    points = [((x, y), bool(label)) for x, y, label in args.point]
+    points = [(checked_point(point[:2], image), bool(point[2])) for point in args.point]
     model = build_sam3_image_model(checkpoint_path=args.checkpoint, device=args.device, compile=args.compile)
     processor = Sam3Processor(
         model,
@@ -107,6 +109,14 @@ def normalised_box(box: list[float], image: Tensor) -> tuple[float, float, float
     if left < 0 or top < 0 or right > width or bottom > height:
         raise ValueError(f"box {_numbers(box)} leaves the picture, which is {width} x {height} pixels")
     return (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
+
+
+def checked_point(point: list[float], image: Tensor) -> list[float]:
+    """The pixel (x, y) itself; ValueError where it lies outside the picture (3, H, W)."""
+    height, width = image.shape[1:]
+    if not (0 <= point[0] <= width and 0 <= point[1] <= height):
+        raise ValueError(f"point {_numbers(point)} lies outside the picture of {width} x {height} pixels")
+    return point
 
 
 def report(state: dict[str, Any], processor: Sam3Processor) -> None:

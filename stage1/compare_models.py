@@ -99,7 +99,7 @@ def summary() -> str:
     for name, spec in BACKBONES.items():
         backbone = count([build_on_meta(name).backbone])
         smaller = f"{savings_percent(backbone, teacher):.2f}% smaller"
-        lines.append(f"{spec.display_name:9}{spec.backbone_name:17}{_millions(backbone, 2)}   {smaller}")
+        lines.append(f"{spec.display_name:9}{spec.architecture:17}{_millions(backbone, 2)}   {smaller}")
     return "\n".join([*lines, "", "params: the backbone, without the head that brings it to the teacher's embedding"])
 
 
@@ -110,7 +110,7 @@ def details(backbone_name: str) -> str:
     everything = total(teacher.values())
     vision = total(teacher[name] for name in VISION)
     replaced = backbone + head - teacher[TRUNK]
-    lines = [f"{spec.display_name}: {spec.backbone_name} ({backbone_name})", "", _header("student encoder")]
+    lines = [f"{spec.display_name}: {spec.architecture} ({backbone_name})", "", _header("student encoder")]
     lines += [_row(f"  {part}", count(modules)) for part, modules in student.backbone.model.parts().items()]
     lines += [
         _row("backbone", backbone, f"{savings_percent(backbone, teacher):.2f}% smaller than the vision backbone"),

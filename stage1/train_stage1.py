@@ -85,7 +85,7 @@ class Stage1Run:
             len(self.sources.train),
             config.DATA.BATCH_SIZE,
             rank=world.rank,
-            world_size=world.size,
+            world_size=distributed.planned_world_size(),  # more than one process in a launcher's dry run
             seed=config.SEED,
         )
         self.distiller = self._build_distiller()
@@ -103,6 +103,8 @@ class Stage1Run:
 
     def _build_distiller(self) -> EncoderDistiller:
         config, teacher = self.config, None
+        if config.TRAIN.USE_SYNC_BN and self.world.size > 1 and self.world.device.type != "cuda":
+            raise ValueError(f"TRAIN.USE_SYNC_BN works on CUDA only, not on {self.world.device}; leave --use-sync-bn out")
         if config.DISTILL.TEACHER == "online":
             teacher = build_teacher(config, config.DISTILL.TEACHER_CHECKPOINT, self.world.device)
         distiller = build_distiller(config, teacher).to(self.world.device)

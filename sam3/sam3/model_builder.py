@@ -82,7 +82,9 @@ def build_sam3_image_model(
     if isinstance(config, str):
         config = Sam3Config.preset(config)
     if load_from_HF and checkpoint_path is None:
-        checkpoint_path = _download()
+        from sam3.engine import hub  # its client is for those who ask for it
+
+        checkpoint_path = hub.download_sam3()[0]
     parts = {
         "enable_text_encoder": enable_text_encoder,
         "enable_segmentation": enable_segmentation,
@@ -246,10 +248,3 @@ def _build_vit(sizes: Mapping[str, Any]) -> ViT:
         window_size=sizes["window_size"],
         global_blocks=sizes["global_blocks"],
     )
-
-
-def _download() -> Path:
-    """The released checkpoint, from the hub's cache folder of this project if it is there already."""
-    from sam3.engine.hub import download_sam3  # only those who ask for it need the hub's client
-
-    return download_sam3(Path("sam3_checkpoints"))

@@ -128,13 +128,15 @@ class Preprocess:
         return fitted, self.fit_into(image, fitted)
 
     def fit_into(self, image: Tensor, out: Tensor) -> tuple[int, int]:
-        """`fit` into the caller's zeroed uint8 `(3, S, S)`; returns `(h, w)`.
+        """`fit` into the caller's zeroed uint8 `(3, S, S)`, fastest if channels last; returns `(h, w)`.
 
         The resize is bilinear with antialiasing, on uint8: six times as fast as on floats, and within one grey level.
         """
         height, width = self.fitted_size(image.shape[1], image.shape[2])
         if image.shape[1:] != (height, width):
-            image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+            # Channels last also in the eyes of torch, which looks at the stride of the batch: twice as fast.
+            batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+            image = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
         out[:, :height, :width] = image
         return height, width
 

@@ -1,7 +1,7 @@
 """Stage 1's data: a picture, ready to normalise, and what its teacher stored for it.
 
-A worker builds the whole batch in shared memory: pictures are resized into it, embeddings are read from the disk into
-it, and nothing of it is copied or cast before it reaches the device. No annotation file is opened.
+A worker resizes pictures straight into the batch, in shared memory; embeddings are read straight into memory that the
+main process uses again and again. Nothing is copied or cast before it reaches the device, no annotation file is opened.
 
 Letters: `B` images, `S` side of the model's square, `C` channels, `G` side of the embedding grid.
 """
@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from sam3.engine import batch
-from sam3.engine.embeddings import EmbeddingBatch, EmbeddingReader, empty_shared
+from sam3.engine.embeddings import EmbeddingBatch, EmbeddingReader
 from sam3.engine.image_list import ImageList
+from sam3.engine.prefetch import ReusedMemory
 from sam3.transforms import Preprocess, read_image
 from stage1.data.augmentation import Augmentation, seed_of
 
 
 @dataclass
 class Stage1Batch:
-    """images: uint8 `(B, 3, S, S)`, zero-padded, for `Preprocess.normalise` on the device.
+    """images: uint8 `(B, 3, S, S)`, zero-padded, channels last in memory, for `Preprocess.normalise` on the device.
     sizes: int64 `(B, 2)`, rows and columns of each picture inside its square.
     seeds: int64 `(B,)` augmentation seeds. keys: B strings.
     embeddings: as stored, `(B, C, G, G)`; None when exporting and with an online teacher.
@@ -74,24 +75,30 @@ class Stage1Dataset(Dataset[Stage1Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> Stage1Batch:
-        """The batch of pictures `indices`."""
-        size = self.preprocess.img_size
-        # In a worker the batch is built where the main process will find it. Both kinds of memory come zeroed.
-        shared = get_worker_info() is not None
-        make = empty_shared if shared else torch.zeros
-        result = Stage1Batch(
-            images=make((len(indices), 3, size, size), dtype=torch.uint8),
-            sizes=torch.empty(len(indices), 2, dtype=torch.int64),
-            seeds=torch.empty(len(indices), dtype=torch.int64),
-            keys=[self.images.key(index) for index in indices],
-        )
-        if self.store is None:
-            result.seeds[:] = torch.tensor([seed_of(key, self.seed) for key in result.keys])
+        """The batch of pictures `indices`, still without embeddings; the disk is asked for these."""
+        keys = [self.images.key(index) for index in indices]
+        if self.store is not None:
+            self.store.announce(keys)
+        if self.store is not None and self.augmentation is not None:
+            seeds = self.store.read_seeds(keys)
         else:
-            result.embeddings = self.store.read_batch(result.keys, self.store.allocate(len(indices), shared=shared))
-            result.seeds = result.embeddings.seeds
-        good = [row for row, index in enumerate(indices) if self._load(index, row, result)]
-        return result if len(good) == len(indices) else _keep(result, good)
+            seeds = torch.tensor([seed_of(key, self.seed) for key in keys], dtype=torch.int64)
+        batch = Stage1Batch(self._empty_images(len(keys)), torch.empty(len(keys), 2, dtype=torch.int64), seeds, keys)
+        good = [row for row, index in enumerate(indices) if self._load(index, row, batch)]
+        if len(good) == len(keys):
+            return batch
+        good_keys = [keys[row] for row in good]
+        return Stage1Batch(batch.images[good], batch.sizes[good], seeds[good], good_keys, skipped=batch.skipped)
+
+    def _empty_images(self, count: int) -> Tensor:
+        """Zeros `(count, 3, S, S)`, channels last: the resize is faster so. In a worker, in shared memory."""
+        size = self.preprocess.img_size
+        flat = torch.zeros(0, dtype=torch.uint8)
+        if get_worker_info() is None:
+            flat = torch.zeros(count * size * size * 3, dtype=torch.uint8)
+        else:
+            flat.set_(torch.UntypedStorage._new_shared(count * size * size * 3))  # new shared memory is zero
+        return flat.view(count, size, size, 3).permute(0, 3, 1, 2)
 
     def _load(self, index: int, row: int, into: Stage1Batch) -> bool:
         """Put the picture `index` into row `row`; False if it was skipped."""
@@ -109,12 +116,10 @@ class Stage1Dataset(Dataset[Stage1Batch]):
             inside[:] = self.augmentation(inside, int(into.seeds[row]))
         return True
 
-
-def _keep(full: Stage1Batch, rows: list[int]) -> Stage1Batch:
-    """Only `rows` of the batch: a copy, for the rare batch with a bad picture."""
-    embeddings = full.embeddings
-    if embeddings is not None:
-        scales = None if embeddings.scales is None else embeddings.scales[rows]
-        embeddings = EmbeddingBatch(embeddings.data[rows], embeddings.seeds[rows], scales)
-    keys = [full.keys[row] for row in rows]
-    return Stage1Batch(full.images[rows], full.sizes[rows], full.seeds[rows], keys, embeddings, full.skipped)
+    def read_embeddings(self, batch: Stage1Batch, memory: ReusedMemory | None = None, pin: bool = False) -> Stage1Batch:
+        """`batch` with its stored embeddings and their seeds, if there is a store. memory, pin: where to put them."""
+        if self.store is not None:
+            room = self.store.allocate(len(batch), memory, pin)
+            batch.embeddings = self.store.read_batch(batch.keys, room)
+            batch.seeds = batch.embeddings.seeds
+        return batch

@@ -208,6 +208,8 @@ def test_launcher_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     unknown = run_launcher(tmp_path, "SUBSETS=1p")
     assert unknown.returncode == 2 and "known: LINKS SUBSET OUTPUT JOBS PYTHON" in unknown.stderr
     assert run_launcher(tmp_path, SUBSET="5p").returncode == 2
+    bare = run_launcher(tmp_path, PYTHON="/bin/false")
+    assert bare.returncode == 1 and "run: bash scripts/setup_env.sh" in bare.stderr
     missing = run_launcher(tmp_path)
     assert missing.returncode == 1 and "links.txt is not there" in missing.stderr
     assert run_launcher(tmp_path, "LINKS=x y.txt", "--dry-run").stderr.count("x y.txt is not there") == 1

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam3.engine import checkpoint
 from sam3.engine.distributed import World
@@ -180,7 +181,7 @@ def test_eval_bn_keeps_running_statistics():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_with_bad_gradients_changes_nothing(optimizer):
-    """Batch 4 of one sample each is NaN: three steps are done, and the first step of an optimizer may be the bad one."""
+    """One of four samples is NaN: the other three steps are done, also if it comes first, before any state exists."""
     options = {"batch_size": 1, "num_samples": 4, "noisy": False, "epochs": 1, "optimizer": optimizer, "lr": 0.01}
     order = toy_train.EpochSampler(4, 1, seed=3).permutation().tolist()
     for position in (0, 3):
@@ -337,6 +338,38 @@ def test_another_batch_size_on_resume_keeps_the_schedule_in_place(tmp_path):
 def test_settings_below_one_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
         LoopSettings(**{"epochs": 1, field: 0})
+
+
+class CountReads(TorchDispatchMode):
+    """Counts values that Python asks a tensor for (`item()`, `bool()`, `float()`): on a GPU each one waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_no_value_is_read_from_the_device_between_print_steps(dtype, optimizer):
+    counts = []
+    for num_samples in (8, 80):  # 2 and 20 steps, one print each
+        with CountReads() as reads:
+            toy_train.run(
+                None,
+                CPU,
+                epochs=1,
+                num_samples=num_samples,
+                clip_grad=1.0,
+                print_freq=1000,
+                amp_dtype=dtype,
+                optimizer=optimizer,
+            )
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
 
 
 def test_log_line(caplog, monkeypatch):

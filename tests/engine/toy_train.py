@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,13 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with distributed.start(args.device) as world:
         log.setup(args.output, world.rank)
-        (Path(args.output) / f"pid_{world.rank}").write_text(str(os.getpid()))
 
         def validate(epoch: int, step: int) -> dict[str, float]:
             (Path(args.output) / f"validating_{world.rank}").touch()
             time.sleep(args.validate_s)
             return {"val/one": 1.0}
 
+        path = checkpoint.resume_path(args.output, "", auto_resume=True) if world.is_main else None
         run(
             args.output,
             world,
@@ -140,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             clip_grad=1.0,
             print_freq=2,
             validate=validate if args.validate_s else None,
-            resume=checkpoint.resume_path(args.output, "", auto_resume=True),
+            resume=distributed.broadcast_object(path),
         )
     return 0
 

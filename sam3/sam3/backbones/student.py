@@ -28,7 +28,7 @@ class BackboneSpec:
 
     stem: str  # of its files: es_rv_m.yaml, es_rv_m.tsv
     display_name: str  # of the student
-    backbone_name: str  # of the architecture, as people write it
+    architecture: str  # of the backbone, as people write it
     family: type[nn.Module]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3.engine import distributed, files
+from sam3.engine import files
 
 log = logging.getLogger("sam3.checkpoint")
 
@@ -165,11 +165,10 @@ def resume_path(output: str | Path, resume: str, auto_resume: bool) -> Path | No
 
     With auto_resume, or `resume` "auto", the newest in `output`; it wins over the path `resume`, so that the same
     command can be given again after an interruption. ValueError if "auto" finds none.
-    All processes call this together, and get what the main process finds.
+    With several processes, let the main one look and `broadcast_object` what it finds.
     """
     explicit = Path(resume) if resume and resume != "auto" else None
-    look = distributed.is_main() and (auto_resume or resume == "auto")
-    found = distributed.broadcast_object(newest(output) if look else None)
+    found = newest(output) if auto_resume or resume == "auto" else None
     if found and explicit and found.resolve() != explicit.resolve():
         log.info(f"going on from {found}, not from {explicit}; TRAIN.AUTO_RESUME False would take the latter")
     if resume == "auto" and not found:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from sam3.engine import batch
 from sam3.engine.embedding_index import KeyIndex
+from sam3.engine.prefetch import ReusedMemory
 
 META_FILE = "meta.json"
 DTYPES = {"float16": torch.float16, "int8": torch.int8}
@@ -309,12 +310,15 @@ class EmbeddingReader:
         """Those of `keys` that have no record."""
         return self._index.missing(list(keys))
 
-    def allocate(self, count: int, shared: bool = False, pin: bool = False) -> EmbeddingBatch:
-        """Room for `count` records: plain, in memory shared between processes, or page-locked for CUDA."""
-        dtype = DTYPES[self.layout.dtype]
-        make = empty_shared if shared else _empty_pinned if pin else torch.empty
-        scales = make((count, self.layout.shape[0]), dtype=torch.float32) if self.layout.scale_bytes else None
-        return EmbeddingBatch(make((count, *self.layout.shape), dtype=dtype), make((count,), dtype=torch.int64), scales)
+    def allocate(self, count: int, memory: ReusedMemory | None = None, pin: bool = False) -> EmbeddingBatch:
+        """Room for `count` records: new, from `memory`, or page-locked for CUDA (where torch itself reuses it)."""
+        shape, dtype = (count, *self.layout.shape), DTYPES[self.layout.dtype]
+        if memory is None or count == 0:
+            data = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        else:
+            data = memory.take(count * self.layout.data_bytes).view(dtype).view(shape)
+        scales = torch.empty(shape[:2], pin_memory=pin) if self.layout.scale_bytes else None
+        return EmbeddingBatch(data, torch.empty(count, dtype=torch.int64, pin_memory=pin), scales)
 
     def read(self, key: str) -> tuple[Tensor, int]:
         """The embedding of `key` as float32 `(C, H, W)`, and its seed."""
@@ -338,6 +342,23 @@ class EmbeddingReader:
         out: contiguous CPU tensor `(C, H, W)` of the store's dtype; scales: float32 `(C,)`, for int8 stores only.
         """
         return self._read_at(key, self._find(key), out, scales)
+
+    def read_seeds(self, keys: Sequence[str]) -> Tensor:
+        """Only the seeds of `keys`, int64 `(B,)`."""
+        seed = bytearray(SEED.size)
+        seeds = []
+        for key in keys:
+            shard, line = self._find(key)
+            self._read_exactly(shard, [memoryview(seed)], line * self.layout.record_bytes)
+            seeds.append(SEED.unpack(seed)[0])
+        return torch.tensor(seeds, dtype=torch.int64)
+
+    def announce(self, keys: Sequence[str]) -> None:
+        """Ask the system to have the records of `keys` in memory soon, without waiting for them."""
+        if hasattr(os, "posix_fadvise"):
+            record = self.layout.record_bytes
+            for shard, line in sorted(map(self._find, keys)):
+                os.posix_fadvise(self._handle(shard), line * record, record, os.POSIX_FADV_WILLNEED)
 
     def _find(self, key: str) -> tuple[int, int]:
         place = self._index.find(key)
@@ -405,13 +426,3 @@ def _byte_view(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> memo
     if not tensor.is_contiguous():
         raise ValueError("a record reads into a contiguous tensor only")
     return memoryview(tensor.detach().numpy()).cast("B")
-
-
-def _empty_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
-
-
-def empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in fresh memory shared between processes: a worker hands them over without a copy."""
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)

@@ -337,7 +337,9 @@ class _Run:
             distributed.barrier()
         where = f"saved {path}; the same command goes on from there" if path else "nothing was saved by this process"
         name = signal.Signals(signum).name
-        raise StoppedBySignal(signum, f"stopped by {name} in epoch {self.at.epoch} after step {self.at.step}; {where}")
+        message = f"stopped by {name} in epoch {self.at.epoch} after step {self.at.step}; {where}"
+        log.debug(message)  # for the log files; run_main prints it
+        raise StoppedBySignal(signum, message)
 
     def restore(self, payload: Mapping[str, Any]) -> None:
         """Take over weights, optimizer, scaler, position and random numbers."""

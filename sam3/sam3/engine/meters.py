@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -108,11 +107,15 @@ class Stopwatch:
 
 
 def max_memory_gib(device: torch.device) -> float:
-    """Most memory that tensors took on the device, or that this process took on the CPU, so far."""
+    """Most memory that tensors took on the device, or that this process took on the CPU, so far; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
+    if sys.platform == "win32":
+        return float("nan")
+    import resource  # not there on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 

@@ -94,7 +94,7 @@ def read_annotations(path: str | Path) -> ImageAnnotations:
         return build_annotations(path, int(image["height"]), int(image["width"]), document["annotations"])
     except FileNotFoundError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"annotation file {path} is damaged: {reason}; fetch it again") from error
 

@@ -66,6 +66,7 @@ class ViT(nn.Module):
                 heads,
                 mlp_dim,
                 side=self.grid if i in global_blocks else window_size,
+                whole_image=i in global_blocks,
                 rotary_scale=window_size / self.grid if i in global_blocks else 1.0,
                 drop_path=drop_path * i / max(1, depth - 1),
             )
@@ -91,7 +92,7 @@ class ViT(nn.Module):
         real = self._real_tokens(x.device)
         for block in self.blocks[: self.last_block + 1]:
             table = torch.view_as_real(block.attn.freqs_cis)  # (L, d / 2, 2)
-            if block.side != self.window_size:
+            if block.whole_image:
                 table = self._cut(table.reshape(1, self.grid, self.grid, -1)).reshape(-1, *table.shape[1:])
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, table, real, use_reentrant=False)
@@ -133,11 +134,20 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose attention covers squares of `side` x `side` tokens."""
+    """Pre-norm transformer block; attention covers windows of `side` x `side` tokens, or one grid of that side."""
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int, side: int, rotary_scale: float, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        side: int,
+        whole_image: bool,
+        rotary_scale: float,
+        drop_path: float,
+    ):
         super().__init__()
-        self.side = side
+        self.whole_image = whole_image
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.attn = RotaryAttention(dim, heads, side, rotary_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
@@ -147,12 +157,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, table: Tensor, real: Tensor | None) -> Tensor:
         """x: (B, N, C) window by window; table: (L, d / 2, 2); real: (N,) bool, False = padding, or None."""
         h = self.norm1(x)
-        whole_image = len(table) == x.shape[1]
-        if real is not None and not whole_image:
-            h = h * real[:, None]  # padding is zero here, and windows attend to it
-        key_mask = real if whole_image else None
-        windows = h.reshape(-1, len(table), h.shape[-1])  # (B * n, L, C), or (B, N, C)
-        h = in_slices(lambda part: self.attn(part, table, key_mask), windows, SLICE_TOKENS)
+        if self.whole_image:
+            h = in_slices(lambda part: self.attn(part, table, real), h, SLICE_TOKENS)
+        else:
+            if real is not None:
+                h = h * real[:, None]  # padding is zero here, and windows attend to it
+            windows = h.reshape(-1, *table.shape[:1], h.shape[-1])  # (B * n, L, C)
+            h = in_slices(lambda part: self.attn(part, table), windows, SLICE_TOKENS)
         x = x + self.drop_path(h.view_as(x))
         h = in_slices(lambda part: self.mlp(self.norm2(part)), x.flatten(0, 1), SLICE_TOKENS)
         return x + self.drop_path(h.view_as(x))
@@ -215,9 +226,13 @@ def rotary_table(side: int, head_dim: int, scale: float = 1.0, theta: float = 10
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns adjacent channel pairs of x (..., L, d) by table (L, d / 2, 2); float32 inside, dtype of x outside."""
-    cos, sin = table.unbind(-1)  # real arithmetic, because some backends lack complex kernels
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.float().contiguous().unflatten(-1, (-1, 2))
+    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))  # one kernel
+    else:  # complex kernels are missing on some backends, and the compiler fuses real ones
+        (even, odd), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
