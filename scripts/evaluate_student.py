@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from sam3.backbones.student import StudentEncoder, StudentTrunk, build_student
 from sam3.engine import cli, log, sa1b
 from sam3.engine.files import atomic_path, human_bytes, write_json
 from sam3.engine.losses import build_valid_mask, masked_cosine_per_image
@@ -60,11 +61,13 @@ class Result:
 
 
 class Model:
-    """A model, the output of its trunk, and the time that took."""
+    """A model, the output of its trunk, and the time that took; `untrained` gives a student random weights."""
 
-    def __init__(self, name: str, path: Path, device: torch.device) -> None:
-        self.model = build_sam3_image_model(checkpoint_path=str(path), device=device)
+    def __init__(self, name: str, path: Path, device: torch.device, untrained: bool = False) -> None:
+        self.model = build_sam3_image_model(checkpoint_path=path, device=device)
         trunk = self.model.backbone.vision_backbone.trunk
+        if untrained:
+            trunk.model = _fresh_student(trunk, path).to(device).eval()
         self.result = Result(name, path, sum(p.numel() for p in trunk.parameters()))
         trunk.register_forward_pre_hook(self._start)
         trunk.register_forward_hook(self._stop)
@@ -97,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", type=Path, required=True, help="checkpoint in the sam3.pt layout")
     parser.add_argument("--students", type=Path, nargs="+", required=True, help="merged checkpoints")
     parser.add_argument("--names", nargs="+", help="names of the students in table and picture; left out, file names")
+    parser.add_argument("--untrained", action="store_true", help="also a row for each student with random weights")
     parser.add_argument("--data-path", type=Path, required=True, help="data set in the SA-1B layout")
     parser.add_argument("--split", default="val")
     parser.add_argument("--num-images", type=int, default=100, help="pictures, the first of the split")
@@ -120,7 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     device = choose_device(args.device)
     teacher = Model("teacher", args.teacher, device)
-    students = [Model(name, path, device) for name, path in zip(names, args.students, strict=True)]
+    students = []
+    for name, path in zip(names, args.students, strict=True):
+        if args.untrained:
+            students.append(Model(f"{name}, untrained", path, device, untrained=True))
+        students.append(Model(name, path, device))
     preprocess = _shared_preprocess(students)
     rows = []
     with torch.inference_mode():
@@ -132,9 +140,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(args.output / "evaluation.json", {"num_images": len(pictures), "models": summaries})
     print(table(summaries, num_boxes=len(teacher.result.ious)))
     if rows:
-        _save_picture(rows, ["photo and prompt", "teacher", *names], args.output / "evaluation.png")
+        _save_picture(rows, ["photo and prompt", "teacher", *(student.result.name for student in students)], args.output / "evaluation.png")
         print(f"picture: {args.output / 'evaluation.png'}")
     return 0
+
+
+def _fresh_student(trunk: nn.Module, path: Path) -> StudentEncoder:
+    """The student of `trunk` as training finds it."""
+    if not isinstance(trunk, StudentTrunk):
+        raise ValueError(f"{path} holds no student; merge one into it with stage1/convert_stage1_weights.py")
+    student = trunk.model
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_student(student.backbone.model.name, student.embed_dim, student.embed_size)
 
 
 def _shared_preprocess(students: list[Model]) -> Preprocess:

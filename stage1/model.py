@@ -62,7 +62,6 @@ class EncoderDistiller(nn.Module):
         cosine_weight: float = 1.0,
         mse_reduction: str = "channel_mean",
         teacher: TeacherEncoder | None = None,
-        freeze_bn: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -71,18 +70,8 @@ class EncoderDistiller(nn.Module):
         self.pixel_weight = pixel_weight
         self.cosine_weight = cosine_weight
         self.mse_reduction = mse_reduction
-        self.freeze_bn = freeze_bn
         self.channels_last = channels_last
         self._teacher = (teacher,)  # in a tuple, so that it is no child module
-
-    def train(self, mode: bool = True) -> EncoderDistiller:
-        """Training mode; with `freeze_bn` every BatchNorm keeps using its running statistics."""
-        super().train(mode)
-        if self.freeze_bn:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self
 
     def forward(self, batch: Stage1Batch) -> dict[str, Tensor]:
         """Scalar losses: `total` to minimise, and its unweighted terms `mse` and `cosine`."""
@@ -148,6 +137,5 @@ def build_distiller(config: CfgNode, teacher: TeacherEncoder | None = None) -> E
         cosine_weight=config.DISTILL.COSINE,
         mse_reduction=config.DISTILL.MSE_REDUCTION,
         teacher=teacher,
-        freeze_bn=config.TRAIN.EVAL_BN_WHEN_TRAINING,
         channels_last=config.TRAIN.CHANNELS_LAST,
     )

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
 from sam3.engine import amp, checkpoint, distributed, log, optim
@@ -103,8 +102,6 @@ class Stage1Run:
 
     def _build_distiller(self) -> EncoderDistiller:
         config, teacher = self.config, None
-        if config.TRAIN.USE_SYNC_BN and self.world.size > 1 and self.world.device.type != "cuda":
-            raise ValueError(f"TRAIN.USE_SYNC_BN works on CUDA only, not on {self.world.device}; leave --use-sync-bn out")
         if config.DISTILL.TEACHER == "online":
             teacher = build_teacher(config, config.DISTILL.TEACHER_CHECKPOINT, self.world.device)
         distiller = build_distiller(config, teacher).to(self.world.device)
@@ -112,8 +109,8 @@ class Stage1Run:
             load_student_weights(distiller.student, config.MODEL.PRETRAINED)
         if config.TRAIN.CHANNELS_LAST:
             distiller = distiller.to(memory_format=torch.channels_last)
-        if config.TRAIN.USE_SYNC_BN and self.world.size > 1:
-            distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        if config.TRAIN.USE_SYNC_BN:
+            distiller = distributed.sync_batchnorm(distiller, self.world.device)
         if config.TRAIN.COMPILE:
             distiller.student.compile()
         return distiller

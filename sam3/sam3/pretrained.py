@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from sam3.backbones.student import StudentEncoder, describe, recognise_student
+from sam3.backbones.student import StudentEncoder, check_student, recognise_student
 from sam3.engine.merge import STUDENT_PREFIXES
 from sam3.engine.weights import load_strict, load_weights, strip_prefix
-
-logger = logging.getLogger(__name__)
 
 
 def load_student_weights(student: StudentEncoder, path: str | Path) -> None:
@@ -24,6 +21,6 @@ def load_student_weights(student: StudentEncoder, path: str | Path) -> None:
             tensors = strip_prefix(tensors, prefix)
             break
     student_tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(("backbone.model.", "head."))}
-    name, _ = recognise_student(student_tensors)
+    recognise_student(student_tensors)  # says what is wrong with weights of no student at all
+    check_student(student_tensors, student.backbone.model.name)
     load_strict(student, student_tensors, source=path)
-    logger.info(f"{path}: weights of {describe(name)}")

@@ -72,11 +72,14 @@ def test_the_dumped_config_starts_the_same_run(trained: Path, tmp_path: Path):
 def test_online_teacher_trains_to_the_same_weights(
     trained: Path, teacher_file: Path, exported: Path, sa1b: Path, tmp_path
 ):
-    online = {"DISTILL__TEACHER": "online", "DISTILL__TEACHER_CHECKPOINT": teacher_file}
-    assert train(tmp_path / "no store", sa1b, tmp_path, **online) == 0
-    stored, computed = metrics(trained, "train/loss_total"), metrics(tmp_path, "train/loss_total")
-    # the batch in which the teacher saw a picture may change its last bits
-    assert computed == pytest.approx(stored, rel=1e-3)
+    # One picture a batch, because the size of a batch may change the last bits of what the teacher gives.
+    export = tmp_path / "export"
+    assert save_embedding_stage1.main(teacher_arguments(teacher_file, sa1b, export, DATA__BATCH_SIZE=1)) == 0
+    opts = {"DATA__BATCH_SIZE": 1, "TRAIN__EPOCHS": 1}
+    assert train(export, sa1b, tmp_path / "stored", **opts) == 0
+    opts |= {"DISTILL__TEACHER": "online", "DISTILL__TEACHER_CHECKPOINT": teacher_file}
+    assert train(tmp_path / "no store", sa1b, tmp_path / "online", **opts) == 0
+    assert_same_weights(tmp_path / "online/ckpt_epoch_0.pth", tmp_path / "stored/ckpt_epoch_0.pth")
 
 
 def test_stopped_in_mid_epoch_it_goes_on_to_the_same_weights(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):
@@ -375,4 +378,4 @@ def test_sources_without_val_split_train_without_validation(teacher_file: Path, 
 
 def test_sync_bn_needs_cuda(exported: Path, sa1b: Path, tmp_path: Path):
     code, text = finish(start(TRAIN, student_arguments(exported, sa1b, tmp_path, "--use-sync-bn"), 2))
-    assert code == 1 and "USE_SYNC_BN works on CUDA only" in text
+    assert code == 1 and "SYNC_BN" in text

@@ -26,8 +26,8 @@ class KeyIndex:
     """Sorted rows (key, shard number, line). Where a key occurs twice, the first shard and line win."""
 
     def __init__(self, table: np.ndarray) -> None:
-        self._table = table
-        self._keys = table["key"]
+        self._table = np.asarray(table)  # plain views: a memmap object takes long over each element
+        self._keys, self._shards, self._lines = (self._table[name] for name in ("key", "shard", "line"))
 
     @classmethod
     def build(cls, keys_of_shards: Iterable[Sequence[bytes]]) -> KeyIndex:
@@ -71,7 +71,7 @@ class KeyIndex:
         row = bisect.bisect_left(self._keys, wanted)
         if row == len(self._keys) or self._keys[row] != wanted:
             return None
-        return int(self._table["shard"][row]), int(self._table["line"][row])
+        return int(self._shards[row]), int(self._lines[row])
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Those of `keys` that have no row, in the order given; a million take about a second."""

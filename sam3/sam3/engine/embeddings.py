@@ -313,10 +313,10 @@ class EmbeddingReader:
     def allocate(self, count: int, memory: ReusedMemory | None = None, pin: bool = False) -> EmbeddingBatch:
         """Room for `count` records: new, from `memory`, or page-locked for CUDA (where torch itself reuses it)."""
         shape, dtype = (count, *self.layout.shape), DTYPES[self.layout.dtype]
-        if memory is None or count == 0:
+        if pin or count == 0:
             data = torch.empty(shape, dtype=dtype, pin_memory=pin)
         else:
-            data = memory.take(count * self.layout.data_bytes).view(dtype).view(shape)
+            data = (memory or ReusedMemory()).take(count * self.layout.data_bytes).view(dtype).view(shape)
         scales = torch.empty(shape[:2], pin_memory=pin) if self.layout.scale_bytes else None
         return EmbeddingBatch(data, torch.empty(count, dtype=torch.int64, pin_memory=pin), scales)
 

@@ -30,7 +30,8 @@ from sam3.engine.log import MetricLog
 from sam3.engine.loop_settings import LoopSettings, TrainResult
 from sam3.engine.optim import LrAt
 from sam3.engine.sampler import EpochSampler
-from sam3.engine.signals import StopAgreement, StoppedBySignal, StopSignals
+from sam3.engine.signals import StoppedBySignal, StopSignals
+from sam3.engine.stop_agreement import StopAgreement
 
 log = logging.getLogger("sam3.train")
 

@@ -81,7 +81,7 @@ class ReusedMemory:
                 break
         if fitting is None:
             self._pieces = [piece for piece in self._pieces if piece[1]() is not None]  # drops the too small ones
-            fitting = np.empty(num_bytes, dtype=np.uint8)
+            fitting = np.empty(num_bytes, dtype=np.uint8)  # in huge pages, which numpy asks for and torch does not
         view = fitting[:num_bytes]
         self._pieces.append((fitting, weakref.ref(view)))
         return torch.from_numpy(view)

@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
 REPEAT_S = 2.0  # a launcher and a terminal may both deliver one Ctrl-C; only a later one means "now, without saving"
 
@@ -70,39 +67,3 @@ class StopSignals:
             yield
         finally:
             self._raise_now = False
-
-
-class StopAgreement:
-    """Lets all processes stop at the same step once any of them got a signal, without waiting for each other.
-
-    Each step starts a tiny all-reduce on the CPU and reads the result of the step before, which has arrived by then.
-    """
-
-    def __init__(self, signals: StopSignals) -> None:
-        self.signals = signals
-        self._shared = dist.is_initialized() and dist.get_world_size() > 1
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-
-    def step(self) -> int:
-        """To be called once a step by every process; the signal number agreed upon, or 0 to go on."""
-        if not self._shared:
-            return self.signals.received
-        agreed = self._collect()
-        flag = torch.tensor(self.signals.received, dtype=torch.int32)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._pending = (work, flag)
-        return agreed
-
-    def settle(self) -> int:
-        """As `step`, but waits: includes every signal that came before the call on any process."""
-        agreed = self.step()
-        return max(agreed, self._collect()) if self._shared else agreed
-
-    def _collect(self) -> int:
-        if self._pending is None:
-            return 0
-        work, flag = self._pending
-        self._pending = None
-        work.wait()
-        return int(flag.item())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-SLICE_TOKENS = 1152  # tokens whose activations stay in the cache of a CPU: blocks are about 15% faster that way
+SLICE_TOKENS = 1152  # so that activations stay in the cache of a CPU; the MLP alone (1024 - 4736) runs 15% faster
 
 
 class ViT(nn.Module):
