@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from sam3.engine.cli import make_parser, run_main
+from sam3.engine.distributed import choose_device
 from sam3.model.config import PRESETS, Sam3Config
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
 from sam3.model.tokenizer import SimpleTokenizer
-from sam3.model_builder import assemble_image_model, choose_device
+from sam3.model_builder import assemble_image_model
 
 SIDES = ("ours", "transformers")
 PARTS = ("trunk", "text", "grounding", "end to end")

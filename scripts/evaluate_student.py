@@ -19,20 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from sam3.backbones.student import StudentEncoder, StudentTrunk, build_student
 from sam3.engine import cli, log, sa1b
+from sam3.engine.distributed import choose_device
 from sam3.engine.files import atomic_path, human_bytes, write_json
 from sam3.engine.losses import build_valid_mask, masked_cosine_per_image
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
-from sam3.model_builder import build_sam3_image_model, choose_device
+from sam3.model_builder import build_sam3_image_model
 from sam3.transforms import Preprocess, read_image
-from sam3.visualize import draw_objects
-
-PANEL_PX = 320
+from sam3.visualize import draw_objects, picture_table
 
 
 @dataclass
@@ -140,8 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(args.output / "evaluation.json", {"num_images": len(pictures), "models": summaries})
     print(table(summaries, num_boxes=len(teacher.result.ious)))
     if rows:
-        _save_picture(rows, ["photo and prompt", "teacher", *(student.result.name for student in students)], args.output / "evaluation.png")
-        print(f"picture: {args.output / 'evaluation.png'}")
+        titles = ["photo and prompt", "teacher", *(student.result.name for student in students)]
+        picture = args.output / "evaluation.png"
+        with atomic_path(picture) as temporary:
+            picture_table(rows, titles).save(temporary, format="PNG")
+        print(f"picture: {picture}")
     return 0
 
 
@@ -233,28 +235,6 @@ def _panels(picture: Tensor, box: Tensor, masks: list[Tensor], preprocess: Prepr
         overlay = draw_objects(picture, full, xyxy, torch.ones(1)) if full.any() else None
         panels.append(overlay or draw_objects(picture, empty[:0], none, torch.zeros(0)))
     return panels
-
-
-def _save_picture(rows: list[list[Image.Image]], titles: list[str], path: Path) -> None:
-    """A table of panels with a title over each column."""
-    panels = [[_shrink(panel) for panel in row] for row in rows]
-    heights = [max(panel.height for panel in row) for row in panels]
-    top = 24
-    sheet = Image.new("RGB", (PANEL_PX * len(titles), top + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((PANEL_PX * column + 6, 6), title, fill="black")
-    for row, height in zip(panels, heights, strict=True):
-        for column, panel in enumerate(row):
-            sheet.paste(panel, (PANEL_PX * column, top))
-        top += height
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def _shrink(panel: Image.Image) -> Image.Image:
-    width = PANEL_PX - 4
-    return panel.resize((width, round(panel.height * width / panel.width)))
 
 
 def table(summaries: list[dict], num_boxes: int) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3.backbones.student import BACKBONES, StudentTrunk, build_student, describe, recognise_student
+from sam3.engine.distributed import choose_device
 from sam3.engine.weights import WeightFile, list_names, load_strict, load_weights, normalise_sam3_keys, strip_prefix
 from sam3.model.config import TRUNK, Sam3Config, vit_sizes, without_vit
 from sam3.model.decoder import TransformerDecoder
@@ -38,7 +39,6 @@ __all__ = [
     "build_sam3_image_model",
     "build_student",
     "build_teacher_trunk",
-    "choose_device",
 ]
 
 STUDENT = f"{TRUNK}model."
@@ -177,22 +177,6 @@ def assemble_image_model(
         segmentation_head=UniversalSegmentationHead(sizes.dim, sizes.heads) if enable_segmentation else None,
         preprocess=preprocess or Preprocess(img_size=sizes.img_size, resize="square"),
     )
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else MPS, else the CPU; ValueError for a device that torch cannot use here."""
-    if device != "auto":
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"unknown device '{device}'; wanted auto, cpu, cuda, cuda:N or mps") from error
-        missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-        if missing.get(device.type, False):
-            raise ValueError(f"device '{device}' was asked for, but torch finds none here; use auto or cpu")
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[str, Any]) -> Sam3Image:

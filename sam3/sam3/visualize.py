@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+MARGIN = 4  # pixels between pictures of a table
+TITLE_HEIGHT = 26
 GOLDEN_RATIO = 0.618034  # steps of it around the colour wheel never come close to an earlier hue
 
 
@@ -58,3 +60,23 @@ def _clip(box: list[float], size: tuple[int, int]) -> list[float]:
     """Brings a box onto the picture, still left <= right and top <= bottom."""
     limits = (size[0] - 1, size[1] - 1) * 2
     return [min(max(value, 0), limit) for value, limit in zip(box, limits, strict=True)]
+
+
+def picture_table(rows: list[list[Image.Image]], titles: list[str], width: int = 320) -> Image.Image:
+    """Pictures in rows and columns of `width` pixels, with a title above each column."""
+    panels = [[_fit_width(picture, width - MARGIN) for picture in row] for row in rows]
+    heights = [max(picture.height for picture in row) + MARGIN for row in panels]
+    sheet = Image.new("RGB", (width * len(titles), TITLE_HEIGHT + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((width * column + MARGIN, MARGIN), title, fill="black", font=ImageFont.load_default(14))
+    top = TITLE_HEIGHT
+    for row, height in zip(panels, heights, strict=True):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (width * column, top))
+        top += height
+    return sheet
+
+
+def _fit_width(picture: Image.Image, width: int) -> Image.Image:
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))))

@@ -33,7 +33,7 @@ def test_one_plain_process(monkeypatch):
     ("name", "size", "message"),
     [
         ("tpu", 1, "device 'tpu' is unknown"),
-        ("meta", 1, "device 'meta' is not supported"),
+        ("xla", 1, "device 'xla' is not supported"),
         ("cuda:99", 1, r"device cuda:99 was asked for, but \d+ CUDA devices are visible here"),
         ("mps", 2, "MPS runs one process, not 2|device mps was asked for, but this machine has none"),
     ],

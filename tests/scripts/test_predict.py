@@ -130,7 +130,7 @@ def test_wrong_arguments_end_with_2(checkpoint, photo, options):
         (["--negative-box", -1, 20, 10, 50], "leaves the picture"),
         (["--box", "nan", 20, 10, 50], "no area"),
         (["--point", 200, 5, 1], "outside the picture of 100 x 60"),
-        (["--text", "car", "--device", "gpu7"], "unknown device"),
+        (["--text", "car", "--device", "gpu7"], "device 'gpu7' is unknown"),
     ],
 )
 def test_wrong_prompts_are_refused(checkpoint, photo, options, message):

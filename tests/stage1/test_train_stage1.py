@@ -172,7 +172,7 @@ def test_evaluate_prints_the_metrics_of_a_checkpoint(trained: Path, exported: Pa
     assert train(exported, sa1b, tmp_path, "--eval", "--resume", str(trained / "ckpt_epoch_1.pth")) == 0
     wanted = metrics(trained, "val/mse")[-1]
     assert f"val/mse {wanted:.5g}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no checkpoint in .* to evaluate"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to evaluate"):
         train(exported, sa1b, tmp_path / "empty", "--eval")
 
 
@@ -204,7 +204,7 @@ def test_int8_store_and_augmented_store_train(teacher_file: Path, sa1b: Path, tm
     opts = {"DISTILL__STORE_DTYPE": "int8", "DISTILL__NO_RAND": False}
     assert save_embedding_stage1.main(teacher_arguments(teacher_file, sa1b, tmp_path / "export", **opts)) == 0
     assert train(tmp_path / "export", sa1b, tmp_path / "run", DISTILL__NO_RAND=False, TRAIN__EPOCHS=1) == 0
-    with pytest.raises(ValueError, match="augmentation.enabled: found True, wanted False"):
+    with pytest.raises(ValueError, match=r"augmentation.enabled: found True, wanted False"):
         train(tmp_path / "export", sa1b, tmp_path / "other")
 
 

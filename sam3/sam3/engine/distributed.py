@@ -67,8 +67,11 @@ def planned_world_size() -> int:
     return int(os.environ.get("SAM3_PLANNED_WORLD_SIZE") or world_size())
 
 
-def choose_device(name: str = "auto", size: int = 1, local_rank: int = 0) -> torch.device:
-    """The device of this process: see `start`. size: processes in all; local_rank: which of its machine's it is."""
+def choose_device(name: str | torch.device = "auto", size: int = 1, local_rank: int = 0) -> torch.device:
+    """The device of this process: see `start`; `meta`, which holds shapes only, is accepted as well.
+
+    size: processes in all; local_rank: which of its machine's this one is.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -91,7 +94,7 @@ def choose_device(name: str = "auto", size: int = 1, local_rank: int = 0) -> tor
             raise ValueError("device mps was asked for, but this machine has none")
         if size > 1:
             raise ValueError(f"MPS runs one process, not {size}; start python without torchrun")
-    elif device.type != "cpu":
+    elif device.type not in ("cpu", "meta"):
         raise ValueError(f"device {name!r} is not supported; choose auto, cpu, cuda, cuda:N or mps")
     return device
 
