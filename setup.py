@@ -20,8 +20,8 @@ REQUIRES = [
     "yacs>=0.1.8",
     "numpy>=1.26",
     "safetensors>=0.7",
-    "huggingface_hub>=0.25",
-    "Pillow>=10",
+    "huggingface_hub>=0.34",
+    "Pillow>=10.1",
     "tqdm>=4.66",
 ]
 STAGE1 = ["tensorboard>=2.14", "pycocotools>=2.0.7", "scipy>=1.11"]

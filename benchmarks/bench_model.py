@@ -12,7 +12,6 @@ Presence logits, which transformers clamps to +-10, stay within that here.
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import resource
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.distributed import choose_device
+from sam3.engine.files import write_json
 from sam3.model.config import PRESETS, Sam3Config
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(args, results, distances)
     if args.json:
         figures = {side: {k: v for k, v in result.items() if k != "outputs"} for side, result in results.items()}
-        args.json.write_text(json.dumps({"preset": args.preset, **figures, "distance": distances}, indent=2) + "\n")
+        write_json(args.json, {"preset": args.preset, **figures, "distance": distances})
     return 0
 
 

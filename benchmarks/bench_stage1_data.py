@@ -3,10 +3,10 @@
     python benchmarks/bench_stage1_data.py --images 48
 
 Three comparisons, each the median of interleaved repeats from a warm page cache:
-  loader   pictures per second: batches in the main process, ready to go to the device, with `--workers` workers. The baseline decodes with
-           Pillow, resizes in float32, parses the JSON and builds its boxes and points, slices records out of bytes,
-           ships lists of numpy arrays, and stacks and casts them in the main process, as the public code does. Ours
-           is `build_loader`; its batches hold uint8 and float16, which the device normalises and casts.
+  loader   pictures per second: batches in the main process, ready to go to the device, with `--workers` workers. The
+           baseline decodes with Pillow, resizes in float32, parses the JSON and builds its boxes and points, slices
+           records out of bytes, ships lists of numpy arrays, and stacks and casts them in the main process, as the
+           public code does. Ours is `build_loader`; its batches hold uint8 and float16, cast on the device.
   read     store records per second, beside a bare `readinto` loop over the same file in the same order.
   write    store records per second, beside plain sequential writing; both push to the disk at the same intervals.
 
@@ -127,11 +127,22 @@ def keys_of(args: argparse.Namespace) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ comparing
 
 
-def compare(name: str, unit_count: int, baseline: Callable[[], None], ours: Callable[[], None], repeats: int) -> float:
-    """Print both rates and their ratio (ours over baseline): medians of interleaved runs, after one of each."""
+def compare(
+    name: str,
+    unit_count: int,
+    baseline: Callable[[], None],
+    ours: Callable[[], None],
+    repeats: int,
+    prepare: Callable[[], None] = lambda: None,
+) -> float:
+    """Print both rates and their ratio (ours over baseline): medians of interleaved runs, after one of each.
+
+    prepare: runs before each of them, untimed.
+    """
     seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
     for repeat in range(repeats + 1):
         for label, run in (("baseline", baseline), ("ours", ours)):
+            prepare()
             start = time.perf_counter()
             run()
             if repeat:
@@ -169,18 +180,17 @@ def bench_write(folder: Path, args: argparse.Namespace) -> float:
             os.fsync(file.fileno())
 
     def write_store() -> None:
-        shutil.rmtree(store, ignore_errors=True)
         with EmbeddingWriter(store, meta) as writer:
             for start in range(0, len(keys), len(batch)):
                 some = keys[start : start + len(batch)]
                 writer.add_batch(some, range(len(some)), batch[: len(some)])
 
-    def write_plain_anew() -> None:
+    def remove() -> None:
         plain.unlink(missing_ok=True)
-        write_plain()
+        shutil.rmtree(store, ignore_errors=True)
 
-    ratio = compare("write", len(keys), write_plain_anew, write_store, 2 * args.repeats)
-    plain.unlink()
+    ratio = compare("write", len(keys), write_plain, write_store, 2 * args.repeats, prepare=remove)
+    plain.unlink(missing_ok=True)
     return ratio
 
 

@@ -94,27 +94,30 @@ class Model:
         return self.model.predict_masks(outputs, queries[:, None])["pred_masks"][:, 0]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--teacher", type=Path, required=True, help="checkpoint in the sam3.pt layout")
     parser.add_argument("--students", type=Path, nargs="+", required=True, help="merged checkpoints")
     parser.add_argument("--names", nargs="+", help="names of the students in table and picture; left out, file names")
     parser.add_argument("--untrained", action="store_true", help="also a row for each student with random weights")
     parser.add_argument("--data-path", type=Path, required=True, help="data set in the SA-1B layout")
-    parser.add_argument("--split", default="val")
+    parser.add_argument("--split", default="val", help="part of the data set")
     parser.add_argument("--num-images", type=int, default=100, help="pictures, the first of the split")
     parser.add_argument("--num-boxes", type=int, default=8, help="boxes a picture, those of the largest masks")
     parser.add_argument("--num-pictures", type=int, default=4, help="rows of the picture")
     parser.add_argument("--output", type=Path, required=True, help="folder for evaluation.json and evaluation.png")
-    parser.add_argument("--device", default="auto")
-    return parser
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    if args.num_images < 1 or args.num_boxes < 0 or args.num_pictures < 0:
+        parser.error("--num-images must be at least 1, --num-boxes and --num-pictures at least 0")
+    if args.names and len(args.names) != len(args.students):
+        parser.error(f"{len(args.names)} --names for {len(args.students)} --students")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    args = parse_args(argv)
     names = args.names or [path.stem for path in args.students]
-    if len(names) != len(args.students):
-        raise ValueError(f"{len(names)} names for {len(args.students)} students")
     log.setup()
     listing = sa1b.list_sa1b(args.data_path, args.split).head(args.num_images)
     pictures = [
@@ -228,13 +231,8 @@ def _panels(picture: Tensor, box: Tensor, masks: list[Tensor], preprocess: Prepr
     cx, cy, w, h = (box * preprocess.img_size).tolist()
     xyxy = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]])
     empty = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    panels = [draw_objects(picture, empty, xyxy, torch.ones(1))]
-    none = torch.zeros(0, 4)
-    for mask in masks:
-        full = nn.functional.interpolate(mask[None, None].float(), (height, width), mode="nearest") > 0
-        overlay = draw_objects(picture, full, xyxy, torch.ones(1)) if full.any() else None
-        panels.append(overlay or draw_objects(picture, empty[:0], none, torch.zeros(0)))
-    return panels
+    shown = [empty, *(nn.functional.interpolate(m[None, None].float(), (height, width)) > 0 for m in masks)]
+    return [draw_objects(picture, mask, xyxy, torch.ones(1), show_scores=False) for mask in shown]
 
 
 def table(summaries: list[dict], num_boxes: int) -> str:

@@ -9,6 +9,7 @@ seed and version of torch give the same file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from sam3.model.config import PRESETS, TRUNK, Sam3Config
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model
 
+RELU_MEAN = (2 * math.pi) ** -0.5  # of a standard normal's positive part
+SMOOTH = ("conv_3x3.weight", *(f"pixel_decoder.conv_layers.{i}.weight" for i in range(3)))
 PRESENCE_BIAS = 4.0  # the presence score starts near 1, so that the queries' own scores decide
 
 
@@ -36,6 +39,10 @@ def make_model(config: Sam3Config, seed: int) -> Sam3Image:
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point():  # not the rotary tables, which have their one right value
                 tensor.copy_(initial_values(key, tuple(tensor.shape), generator))
+        # What the pixel decoder gives is ReLU of unit normals; without its mean, masks follow the picture instead of
+        # covering all of it or nothing.
+        head = model.segmentation_head.instance_seg_head
+        head.bias.copy_(-head.weight.sum((1, 2, 3)) * RELU_MEAN)
     return model.eval()
 
 
@@ -56,8 +63,12 @@ def initial_values(key: str, shape: tuple[int, ...], generator: torch.Generator)
     if key.endswith(("embed.weight", "embedding.weight", "reference_points.weight", "presence_token.weight")):
         return values
     fan_in = values[0].numel()
-    if "dconv_2x2" in key:  # transposed convolutions: (in, out, 2, 2), and no two taps meet in a pixel
+    if "dconv_2x2" in key:  # transposed convolutions (in, out, 2, 2): four equal taps, or masks would be chequered
+        values = torch.randn(*shape[:2], 1, 1, generator=generator).expand(shape)
         fan_in = shape[0]
+    if key.endswith(SMOOTH):
+        values = values.mean((2, 3), keepdim=True).expand(shape)  # a box filter, for the same reason
+        fan_in = shape[1]
     return gain(key) * values / fan_in**0.5
 
 

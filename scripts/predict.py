@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--top-k must be at least 1, got {args.top_k}")
     if any(point[2] not in (0, 1) for point in args.point):
         parser.error("the label of a --point is 1 (find this) or 0 (not this)")
-    if args.output and args.output.suffix.lower() not in Image.registered_extensions():
+    if args.output and Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
         parser.error(f"--output {args.output}: unknown picture format; use a name that ends in .png or .jpg")
     if args.json and find_spec("pycocotools") is None:
         parser.error("--json needs pycocotools, which is not installed: pip install pycocotools")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -24,7 +25,7 @@ EXPORT_FLAGS = {
     flag: FLAGS[flag]
     for flag in (
         *("--batch-size", "--data-path", "--resume", "--disable-amp", "--only-cpu", "--device", "--output", "--tag"),
-        *("--seed", "--deterministic"),
+        "--seed",
     )
 }
 CHOICES = {
@@ -33,6 +34,27 @@ CHOICES = {
     "DISTILL.STORE_DTYPE": ("float16", "int8"),
     "DISTILL.MSE_REDUCTION": MSE_REDUCTIONS,
 }
+
+# Keys that act under a condition: (does it hold?, what it is). Elsewhere only their default is accepted.
+CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
+    "DATA.VAL_FRACTION": (lambda c: c.DATA.DATASET == "folder", "with DATA.DATASET folder"),
+    "DISTILL.STORE_DTYPE": (lambda c: c.DISTILL.SAVE_TEACHER_EMBED, "in the export; in training the store states it"),
+    "DISTILL.TEACHER_CHECKPOINT": (lambda c: c.DISTILL.TEACHER == "online", "with DISTILL.TEACHER online"),
+    "DISTILL.VERIFY_CRC": (lambda c: c.DISTILL.TEACHER == "stored", "with DISTILL.TEACHER stored"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (lambda c: c.TRAIN.LR_SCHEDULER.NAME == "step", "with LR_SCHEDULER.NAME step"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": (lambda c: c.TRAIN.LR_SCHEDULER.NAME == "step", "with LR_SCHEDULER.NAME step"),
+    "TRAIN.OPTIMIZER.EPS": (lambda c: c.TRAIN.OPTIMIZER.NAME == "adamw", "with OPTIMIZER.NAME adamw"),
+    "TRAIN.OPTIMIZER.BETAS": (lambda c: c.TRAIN.OPTIMIZER.NAME == "adamw", "with OPTIMIZER.NAME adamw"),
+    "TRAIN.OPTIMIZER.MOMENTUM": (lambda c: c.TRAIN.OPTIMIZER.NAME == "sgd", "with OPTIMIZER.NAME sgd"),
+}
+# Keys and groups of keys that the export does not use.
+TRAINING_ONLY = (
+    *("TRAIN", "MODEL.BACKBONE", "MODEL.PRETRAINED", "DISTILL.TEACHER", "DISTILL.TEACHER_CHECKPOINT", "DISTILL.VERIFY_CRC"),
+    *("DISTILL.PIXEL_WISE", "DISTILL.COSINE", "DISTILL.MSE_REDUCTION", "EVAL_MODE", "THROUGHPUT_MODE"),
+    *("SAVE_FREQ", "SAVE_STEPS", "KEEP_LAST", "PRINT_FREQ", "DETERMINISTIC", "TENSORBOARD", "USE_WANDB"),
+)
+# What a teacher's config file states of them all the same.
+EXPORT_CONSTANTS = {"MODEL.BACKBONE": "vit_h", "TRAIN.EPOCHS": 1}
 
 _GEOMETRY = "it shapes prompts, which Stage 1 does not use; it belongs to stage1_geometry_finetune"
 RETIRED = {
@@ -99,7 +121,7 @@ def stage1_defaults() -> CfgNode:
 
     # Load the checkpoint, validate once, and end.
     c.EVAL_MODE = False
-    # Time training steps on random data, print pictures per second, and end.
+    # Time training steps on the first batch, print pictures per second, and end.
     c.THROUGHPUT_MODE = False
     return c
 
@@ -115,6 +137,9 @@ def make_parser(description: str, flags: Mapping[str, engine_config.FlagAction] 
 
 def load(args: argparse.Namespace, flags: Mapping[str, engine_config.FlagAction] = FLAGS) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
+    given, own = args.local_rank, int(os.environ.get("LOCAL_RANK", "0"))
+    if given not in (None, own):
+        raise ValueError(f"--local-rank is {given}, but LOCAL_RANK in the environment is {own}; start with torchrun")
     config = engine_config.load_config(
         stage1_defaults(),
         args.cfg,
@@ -136,6 +161,23 @@ def load(args: argparse.Namespace, flags: Mapping[str, engine_config.FlagAction]
             f"SAM3 takes IMG_SIZE 1008 with EMBED_SIZE 72, 14 pixels a cell"
         )
     return config
+
+
+def refuse_idle_keys(config: CfgNode) -> None:
+    """ValueError for a key that is set but cannot act in this run: an export or a training, as SAVE_TEACHER_EMBED says."""
+    defaults = stage1_defaults()
+    idle = {key: f"acts only {when}" for key, (holds, when) in CONDITIONS.items() if not holds(config)}
+    if config.DISTILL.SAVE_TEACHER_EMBED:
+        groups = tuple(f"{name}." for name in TRAINING_ONLY)
+        keys = [key for key in engine_config.leaf_keys(defaults) if f"{key}.".startswith(groups)]
+        idle |= dict.fromkeys(keys, "acts in training only")
+    for key, reason in idle.items():
+        value = engine_config.get(config, key)
+        accepted = [engine_config.get(defaults, key)]
+        if config.DISTILL.SAVE_TEACHER_EMBED and key in EXPORT_CONSTANTS:
+            accepted.append(EXPORT_CONSTANTS[key])
+        if value not in accepted:
+            raise ValueError(f"{key} is {value!r}, but it {reason}; leave it out")
 
 
 def build_preprocess(config: CfgNode) -> Preprocess:

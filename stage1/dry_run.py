@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -33,10 +33,15 @@ def seconds_per_iteration(batches: Iterable[Any], run: Callable[[Any], Any], dev
     return sum(measured) / len(measured)
 
 
-def repeated(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches again and again, so that a small data set can be timed too."""
-    while True:
-        yield from batches
+def repeated(batches: Iterable[Sized]) -> Iterator[Any]:
+    """The batches that hold pictures, again and again, so that a small data set can be timed too; ends if none does."""
+    found = True
+    while found:
+        found = False
+        for batch in batches:
+            if len(batch):
+                found = True
+                yield batch
 
 
 def _wait(device: torch.device) -> None:

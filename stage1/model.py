@@ -75,6 +75,9 @@ class EncoderDistiller(nn.Module):
 
     def forward(self, batch: Stage1Batch) -> dict[str, Tensor]:
         """Scalar losses: `total` to minimise, and its unweighted terms `mse` and `cosine`."""
+        if not len(batch):  # no picture of it could be read: no gradient, but the processes stay in step
+            zero = 0 * sum(p.sum() for p in self.student.parameters() if p.requires_grad)
+            return {"total": zero, "mse": zero, "cosine": zero}
         prediction, target, mask = self._predict(batch)
         mse = masked_mse(prediction, target, mask, self.mse_reduction)
         cosine = masked_cosine(prediction, target, mask)

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sam3.engine.config import dump_config
 from sam3.engine.distributed import World
 from sam3.engine.embedding_verify import verify_store
 from sam3.engine.embedding_writer import EmbeddingWriter, check_free_space
-from sam3.engine.embeddings import EmbeddingReader, list_shards, plan, store_meta
+from sam3.engine.embeddings import EmbeddingReader, list_shards, meta_differences, plan, read_meta, store_meta
 from sam3.engine.environment import write_env
 from sam3.engine.files import free_bytes, human_bytes, sha256, write_text
 from sam3.engine.image_list import ImageList
@@ -37,12 +38,13 @@ from sam3.engine.sampler import EpochSampler
 from sam3.engine.signals import StoppedBySignal, StopSignals
 from stage1 import config as stage1_config
 from stage1.data.dataset import Stage1Batch, Stage1Dataset
-from stage1.data.listing import list_images, list_val_images
+from stage1.data.listing import list_train_images, list_val_images
 from stage1.data.loader import build_loader
 from stage1.data.sources import store_fields
 from stage1.dry_run import repeated, seconds_per_iteration
 from stage1.model import TeacherEncoder, build_teacher
 
+TIMEOUT = timedelta(days=14)  # the processes meet again only at the end, where the fastest waits for the slowest
 logger = logging.getLogger("sam3.stage1")
 
 
@@ -116,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.cfg} has DISTILL.SAVE_TEACHER_EMBED False, so it is a student's config; "
             f"use stage1/configs/teacher/sam_vit_huge_sa1b.yaml"
         )
-    with distributed.start(config.DEVICE) as world:
+    stage1_config.refuse_idle_keys(config)
+    with distributed.start(config.DEVICE, timeout=TIMEOUT) as world:
         output = stage1_config.output_folder(config)
         log.setup(None if args.dry_run else output, world.rank)
         export = prepare(config, world, output)
@@ -126,15 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verify(export)
         if args.check_saved_embed:
             return check(export, args.check_tolerance)
-        if world.is_main:
-            dump_config(config, output / "config.json")
-            write_env(output / "env.json", sys.argv[1:] if argv is None else argv)
-        return save(export)
+        return save(export, sys.argv[1:] if argv is None else argv)
 
 
 def prepare(config: CfgNode, world: World, output: Path) -> Export:
     """List the pictures and describe the store, before any model is built."""
-    images = list_images(config, "train")
+    images = list_train_images(config)
     if (val := list_val_images(config)) is not None:
         images = images.joined(val)
     checkpoint = Path(config.MODEL.RESUME)
@@ -153,10 +153,13 @@ def prepare(config: CfgNode, world: World, output: Path) -> Export:
     return Export(config, world, output, stage1_config.embedding_folder(config, output), images, meta)
 
 
-def save(export: Export) -> int:
+def save(export: Export, argv: Sequence[str]) -> int:
     """Write what the store lacks. Returns 0 only if every picture is stored (or skipping bad ones was asked for)."""
     world, skipped = export.world, []
     writer = EmbeddingWriter(export.store, export.meta, world.rank, world.size)
+    if world.is_main:  # only now: a run that the store refuses leaves the files of the one that began it
+        dump_config(export.config, export.output / "config.json")
+        write_env(export.output / "env.json", argv)
     with StopSignals() as signals, writer:
         distributed.barrier()  # every process has repaired its shards
         todo = writer.pending(export.images.keys())
@@ -252,6 +255,11 @@ def verify(export: Export) -> int:
 def dry_run(export: Export) -> int:
     """Print the plan: pictures, bytes, and the time from a few timed batches."""
     config, images = export.config, export.images
+    if differences := meta_differences(read_meta(export.store) or export.meta, export.meta, exact=True):
+        raise ValueError(
+            f"the embeddings in {export.store} were begun by another run ({'; '.join(differences)}); "
+            f"choose another --output, or remove that one"
+        )
     stored = sum(shard.values_path.stat().st_size for shard in list_shards(export.store))
     needed = max(0, plan(len(images), export.meta) - stored)
     processes, device = distributed.planned_world_size(), export.world.device

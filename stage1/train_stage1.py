@@ -23,7 +23,7 @@ from sam3.engine.cli import run_main
 from sam3.engine.config import dump_config, to_dict
 from sam3.engine.distributed import World
 from sam3.engine.environment import write_env
-from sam3.engine.files import free_bytes, human_bytes, sha256
+from sam3.engine.files import free_bytes, human_bytes, require_free_space, sha256
 from sam3.engine.image_list import ImageList
 from sam3.engine.loop import LoopSettings, train
 from sam3.engine.rng import seed_everything
@@ -37,7 +37,7 @@ from stage1.model import EncoderDistiller, build_distiller, build_teacher
 from stage1.validation import Validator
 
 # A checkpoint of another run is refused if one of these differs: going on would mean something else.
-RESUME_KEYS = ("MODEL.BACKBONE", "DISTILL.NO_RAND", "DISTILL.MSE_REDUCTION", "DATA.DATASET", "SEED")
+RESUME_KEYS = ("MODEL.BACKBONE", "DISTILL.NO_RAND", "DISTILL.MSE_REDUCTION", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME", "SEED")
 BEST_METRIC = "val/mse"
 logger = logging.getLogger("sam3.stage1")
 
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.cfg} has DISTILL.SAVE_TEACHER_EMBED True, so it is a teacher's config for the export; "
             f"train with one of stage1/configs/es_*.yaml"
         )
+    stage1_config.refuse_idle_keys(config)
     with distributed.start(config.DEVICE) as world:
         output = stage1_config.output_folder(config)
         log.setup(None if args.dry_run else output, world.rank)
@@ -67,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run.dry_run()
         if config.EVAL_MODE:
             return run.evaluate()
-        if world.is_main:
-            dump_config(config, output / "config.json")
-            write_env(output / "env.json", sys.argv[1:] if argv is None else argv)
-        return run.train()
+        return run.train(sys.argv[1:] if argv is None else argv)
 
 
 class Stage1Run:
@@ -145,7 +143,7 @@ class Stage1Run:
         processes = distributed.planned_world_size()
         return optim.lr_scale(config.DATA.BATCH_SIZE, processes, config.TRAIN.ACCUMULATION_STEPS)
 
-    def train(self) -> int:
+    def train(self, argv: Sequence[str]) -> int:
         config = self.config
         path = distributed.broadcast_object(
             checkpoint.resume_path(self.output, config.MODEL.RESUME, config.TRAIN.AUTO_RESUME)
@@ -153,6 +151,9 @@ class Stage1Run:
             else None
         )
         resume = self._load_resume(path) if path else None
+        if self.world.is_main:  # only now: a refused run leaves the files of the one whose folder this is
+            dump_config(config, self.output / "config.json")
+            write_env(self.output / "env.json", argv)
         self._describe()
         with log.MetricLog(
             self.output,
@@ -191,20 +192,22 @@ class Stage1Run:
         """Validate the weights of MODEL.RESUME or MODEL.PRETRAINED, or the newest in OUTPUT, once."""
         if self.sources.val is None:
             raise ValueError(f"there is no val split in {self.config.DATA.DATA_PATH} to evaluate on")
-        path = checkpoint.resume_path(self.output, self.config.MODEL.RESUME, self.config.TRAIN.AUTO_RESUME)
-        if path is not None:
-            load_student_weights(self.distiller.student, path)
-        elif not self.config.MODEL.PRETRAINED:
+        named = self.config.MODEL.RESUME or self.config.MODEL.PRETRAINED
+        path = Path(named) if named not in ("", "auto") else checkpoint.newest(self.output)
+        if path is None:
             raise ValueError(f"no checkpoint in {self.output} to evaluate; pass one with --resume or --pretrained")
+        load_student_weights(self.distiller.student, path)
         self.distiller.eval()
         values = self._validator(log.MetricLog(None))(0, 0)
-        logger.info(f"{path or self.config.MODEL.PRETRAINED}: " + ", ".join(f"{k} {v:.5g}" for k, v in values.items()))
+        logger.info(f"{path}: " + ", ".join(f"{k} {v:.5g}" for k, v in values.items()))
         return 0
 
     def throughput(self) -> int:
         """Time training steps on the first batch, without loading more and without saving anything."""
         loader = self._loader(self.sources.train, self.sampler)
-        batch = next(iter(loader))
+        batch = next(repeated(loader), None)
+        if batch is None:
+            raise ValueError(f"no picture in {self.config.DATA.DATA_PATH} can be read")
         seconds = seconds_per_iteration(repeated([batch]), self._trial_step(), self.world.device)
         rate = self.world.size * len(batch) / seconds
         logger.info(
@@ -216,6 +219,9 @@ class Stage1Run:
         """Print the plan: pictures, steps, learning rate, disk, and the time from a few timed steps."""
         config = self.config
         self._describe()
+        count, size = self._checkpoints()
+        missing = max(0, count - len(checkpoint.listed(self.output)))
+        require_free_space(self.output, missing * size, f"an output of {count} checkpoints")
         loader = self._loader(self.sources.train, self.sampler)
         seconds = seconds_per_iteration(repeated(loader), self._trial_step(), self.world.device)
         micro_batches = self.steps_per_epoch * config.TRAIN.ACCUMULATION_STEPS * config.TRAIN.EPOCHS
@@ -236,13 +242,17 @@ class Stage1Run:
 
         return step
 
+    def _checkpoints(self) -> tuple[int, int]:
+        """How many the run keeps, and about how many bytes each takes: weights and two moments of each."""
+        kept = self.config.KEEP_LAST or -(-self.config.TRAIN.EPOCHS // self.config.SAVE_FREQ)
+        return kept, 3 * 4 * sum(p.numel() for p in self.distiller.student.parameters())
+
     def _describe(self) -> None:
         config, processes = self.config, distributed.planned_world_size()
         student = self.distiller.student
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         effective = config.DATA.BATCH_SIZE * processes * config.TRAIN.ACCUMULATION_STEPS
-        checkpoint_bytes = 3 * 4 * trained
-        kept = config.KEEP_LAST or -(-config.TRAIN.EPOCHS // config.SAVE_FREQ)
+        kept, checkpoint_bytes = self._checkpoints()
         lr = config.TRAIN.BASE_LR * self._lr_scale()
         val = 0 if self.sources.val is None else len(self.sources.val)
         logger.info(

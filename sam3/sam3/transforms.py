@@ -57,7 +57,7 @@ def _read_with_pillow(path: Path) -> Tensor:
     try:
         with Image.open(path) as picture:
             kind = f"{picture.format} {picture.mode}"
-            pixels = _to_rgb(picture)
+            pixels = to_rgb(picture)
     except Exception as error:  # Pillow's decoders raise many types; each of them means that this file is damaged
         raise ValueError(f"cannot read picture {path}: {error}; fetch it again or remove it") from error
     fallback_counts[kind] += 1
@@ -66,8 +66,8 @@ def _read_with_pillow(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _to_rgb(picture: Image.Image) -> np.ndarray:
-    """Any Pillow picture -> uint8 `(H, W, 3)`."""
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """Any Pillow picture -> uint8 `(H, W, 3)`; 16 bits are scaled to 8. Raises ValueError for floating-point pixels."""
     if picture.mode in SIXTEEN_BIT_MODES:
         grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
         grey = ((grey * 255 + 32767) // 65535).astype(np.uint8)

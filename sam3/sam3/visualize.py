@@ -20,7 +20,9 @@ def distinct_colors(count: int) -> np.ndarray:
     return (np.array(colors).reshape(-1, 3) * 255).round().astype(np.uint8)
 
 
-def draw_objects(image: Tensor, masks: Tensor, boxes: Tensor, scores: Tensor, opacity: float = 0.5) -> Image.Image:
+def draw_objects(
+    image: Tensor, masks: Tensor, boxes: Tensor, scores: Tensor, opacity: float = 0.5, show_scores: bool = True
+) -> Image.Image:
     """The picture with one colour per object, the best on top.
 
     Args:
@@ -43,6 +45,8 @@ def draw_objects(image: Tensor, masks: Tensor, boxes: Tensor, scores: Tensor, op
         color = tuple(colors[k].tolist())
         left, top, right, bottom = _clip(boxes[k].tolist(), picture.size)
         draw.rectangle((left, top, right, bottom), outline=color, width=unit)
+        if not show_scores:
+            continue
         label = f"{scores[k].item():.2f}"
         draw.rectangle(draw.textbbox((left + unit, top + unit), label, font=font), fill="black")
         draw.text((left + unit, top + unit), label, fill=color, font=font)

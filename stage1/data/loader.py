@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sam3.engine.files import human_bytes
 from sam3.engine.prefetch import ReusedMemory, prefetch
@@ -23,25 +23,58 @@ SHARED_MEMORY = Path("/dev/shm")
 logger = logging.getLogger("sam3.stage1")
 
 
+class _Messenger(Dataset):
+    """Hands a worker's error over as it is; a DataLoader would wrap it in pages of text about the worker."""
+
+    def __init__(self, dataset: Stage1Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> Stage1Batch | Exception:
+        try:
+            return self.dataset.__getitems__(indices)
+        except (ValueError, OSError) as error:
+            return error.with_traceback(None)
+
+
 class Stage1Loader:
     """Iterates over complete batches; each `iter` is one pass of the sampler, from where it stands."""
 
     def __init__(self, dataset: Stage1Dataset, pictures: DataLoader[Stage1Batch], device: torch.device) -> None:
         self.dataset, self.pictures, self.device = dataset, pictures, device
         self._memory = ReusedMemory()
+        self._left_out: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __iter__(self) -> Iterator[Stage1Batch]:
         pictures = iter(self.pictures)  # here, so that workers start from the caller's thread
-        if self.dataset.store is None:
-            return pictures
+        batches = self._complete(pictures)
+        if self.dataset.store is None or self.pictures.num_workers == 0:
+            return batches
+        return prefetch(batches, setup=self._enter_device if self.pictures.pin_memory else None)
+
+    def _complete(self, pictures: Iterator[Stage1Batch | Exception]) -> Iterator[Stage1Batch]:
         pin = self.pictures.pin_memory
-        complete = (self.dataset.read_embeddings(batch, None if pin else self._memory, pin) for batch in pictures)
-        if self.pictures.num_workers == 0:
-            return complete
-        return prefetch(complete, setup=self._enter_device if pin else None)
+        for batch in pictures:
+            if isinstance(batch, Exception):
+                try:
+                    raise batch
+                finally:
+                    del batch  # a cycle of exception and frame would keep the workers; see `prefetch`
+            self._report(batch)
+            yield self.dataset.read_embeddings(batch, None if pin else self._memory, pin)
+
+    def _report(self, batch: Stage1Batch) -> None:
+        """A line in the log for each picture that is left out, once."""
+        for key, reason in batch.skipped:
+            if key not in self._left_out:
+                self._left_out.add(key)
+                logger.warning(f"left out (picture {len(self._left_out)} that cannot be read): {reason}")
+            del batch  # else it would be held while the next one is made
 
     def _enter_device(self) -> None:
         torch.cuda.set_device(self.device)  # page-locking in a new thread would wake GPU 0 otherwise
@@ -77,7 +110,7 @@ def build_loader(
         }
         _warn_if_shared_memory_is_small(dataset, batches, num_workers * prefetch_factor)
     pictures = DataLoader(
-        dataset,
+        _Messenger(dataset),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_it_is,
@@ -88,7 +121,7 @@ def build_loader(
     return Stage1Loader(dataset, pictures, device)
 
 
-def _as_it_is(batch: Stage1Batch) -> Stage1Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -12,7 +12,7 @@ from sam3.engine.embeddings import EmbeddingReader
 from sam3.engine.image_list import ImageList
 from stage1 import config as stage1_config
 from stage1.data.dataset import Stage1Dataset
-from stage1.data.listing import list_images, list_val_images
+from stage1.data.listing import list_train_images, list_val_images
 
 logger = logging.getLogger("sam3.stage1")
 
@@ -61,7 +61,7 @@ def open_sources(config: CfgNode, online_teacher: dict[str, Any] | None) -> Sour
     Raises ValueError for a store that was written otherwise than the config says, or that lacks pictures (with
     DATA.SKIP_BAD_IMAGES those are left out).
     """
-    train, val = list_images(config, "train"), list_val_images(config)
+    train, val = list_train_images(config), list_val_images(config)
     if online_teacher is not None:
         return Sources(train, val, None, online_teacher)
     side = config.DISTILL.EMBED_SIZE

@@ -179,3 +179,20 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert draw() == after
     rng.reseed(1)
     assert draw() == inside
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs RLIMIT_FSIZE")
+def test_a_disk_that_fills_up_while_saving_leaves_the_old_file(tmp_path):
+    import resource
+
+    path = checkpoint.save(tmp_path, packed(1))
+    big = packed(1) | {"model": {"weight": torch.zeros(1_000_000)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write .*ckpt_epoch_1.pth .*is the disk full"):
+            checkpoint.save(tmp_path, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert checkpoint.load(path)["model"]["weight"].tolist() == [1, 1]

@@ -119,6 +119,30 @@ def test_last_record_with_lost_blocks_is_written_again(tmp_path):
         assert writer.pending(["a", "b", "c"]) == ["b", "c"]
 
 
+def test_a_lost_block_before_a_sound_record_is_found(tmp_path):
+    write(tmp_path, ["a", "b", "c"])
+    values = tmp_path / "rank0-values.bin"
+    data = values.read_bytes()
+    values.write_bytes(data[:RECORD] + bytes(RECORD) + data[2 * RECORD :])
+    with EmbeddingWriter(tmp_path, META) as writer:
+        assert writer.pending(["a", "b", "c"]) == ["b", "c"]
+
+
+def test_syncs_go_on_beside_writing_and_their_errors_arrive(tmp_path, monkeypatch):
+    with EmbeddingWriter(tmp_path / "good", META, sync_bytes=3 * RECORD) as writer:
+        for i in range(30):
+            writer.add(f"k{i}", i, embedding(i))
+    assert verify_store(tmp_path / "good").num_records == 30
+
+    def refuse(self):
+        raise OSError(errno.EIO, "sync failed")
+
+    with pytest.raises(OSError, match="sync failed"), EmbeddingWriter(tmp_path / "bad", META, sync_bytes=1) as writer:
+        monkeypatch.setattr(embedding_writer.ShardFiles, "sync", refuse)
+        for i in range(30):
+            writer.add(f"k{i}", i, embedding(i))
+
+
 def test_lost_checksums_are_no_reason_to_throw_records_away(tmp_path):
     write(tmp_path, ["a", "b"])
     (tmp_path / "rank0-crc32.bin").unlink()

@@ -378,3 +378,14 @@ def test_log_line(caplog, monkeypatch):
         toy_train.run(None, CPU, epochs=1, print_freq=4)
     assert "epoch 0/1 step 4/8 (50.0%) | loss mse" in caplog.text
     assert "images/s" in caplog.text
+
+
+def test_settings_of_the_optimizer_are_the_resumed_runs_own(tmp_path):
+    toy_train.run(tmp_path, CPU, epochs=1)  # its weight decay is 0.1
+    payload = checkpoint.load(tmp_path / "ckpt_epoch_0.pth")
+    for group in payload["optimizer"]["param_groups"]:
+        group["weight_decay"] = 0.7
+    checkpoint.save(tmp_path, payload, "ckpt_epoch_0_other.pth")
+    toy_train.run(tmp_path, CPU, epochs=2, resume=tmp_path / "ckpt_epoch_0_other.pth")
+    groups = checkpoint.load(tmp_path / "ckpt_epoch_1.pth")["optimizer"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.1]

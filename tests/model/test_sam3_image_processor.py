@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -190,11 +192,38 @@ def test_pictures_of_every_kind_give_the_same_pixels():
         Image.fromarray(pixels), pixels, alpha, wanted, np.ascontiguousarray(pixels.transpose(2, 0, 1)),
         pixels.astype(np.float32) / 255, wanted.float() / 255,
     ]  # fmt: skip
-    for kind in kinds:
-        assert torch.equal(to_uint8_chw(kind), wanted)
+    read_only = pixels.copy()
+    read_only.flags.writeable = False
+    backwards = np.ascontiguousarray(pixels[..., ::-1])[..., ::-1]  # as OpenCV's pictures are turned into RGB
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in (*kinds, read_only, backwards):
+            assert torch.equal(to_uint8_chw(kind), wanted)
     grey = pixels[..., 0]
     for kind in (grey, grey[..., None], torch.from_numpy(grey), Image.fromarray(grey)):
         assert torch.equal(to_uint8_chw(kind), wanted[:1].expand(3, -1, -1))
+
+
+def test_sixteen_bit_pictures_are_scaled_as_when_read_from_a_file():
+    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    assert to_uint8_chw(deep)[0].tolist() == [[0, 100, 255]]
+
+
+def test_autocast_around_the_calls_acts(processor, state):
+    """SAM3's notebooks wrap everything in bfloat16 autocast."""
+    processor.set_text_prompt("a red car", state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low_state = processor.set_image(Image.fromarray(image(HEIGHT, WIDTH)))
+        processor.set_text_prompt("a red car", low_state)
+    assert low_state["backbone_out"]["backbone_fpn"][0].dtype == torch.bfloat16
+    assert low_state["masks_logits"].dtype == low_state["boxes"].dtype == torch.float32
+    assert (low_state["scores"] - state["scores"]).abs().max() < 0.1
+
+
+def test_reset_before_any_picture_does_nothing(processor):
+    state = {}
+    processor.reset_all_prompts(state)
+    assert state == {}
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_merged_student_checkpoints_work(photo, tmp_path, capsys):
         ["--point", "3", "4", "2"],
         ["--box", "1", "2", "3"],
         ["--text", "car", "--output", "out.xyz"],
+        ["--text", "car", "--output", "out.psd"],  # which Pillow reads, but does not write
         ["--text", "car", "--dtype", "fp8"],
         ["--text", "car", "--thresh", "0.3"],
     ],

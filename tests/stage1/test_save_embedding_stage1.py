@@ -101,6 +101,17 @@ def test_dry_run_writes_nothing(teacher_file: Path, sa1b: Path, tmp_path: Path, 
     assert "11 in" in text and "360.71 kB to come" in text and "pictures/s" in text
 
 
+def test_dry_run_passes_over_bad_pictures(teacher_file: Path, sa1b: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(sa1b, data)
+    (data / "images/train/sa_1.jpg").write_bytes(b"")
+    assert save(teacher_file, data, tmp_path / "export", "--dry-run") == 0
+    for path in data.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="nothing to time"):
+        save(teacher_file, data, tmp_path / "export", "--dry-run")
+
+
 def test_int8_store_takes_about_half(exported: Path, teacher_file: Path, sa1b: Path, tmp_path: Path):
     assert save(teacher_file, sa1b, tmp_path, DISTILL__STORE_DTYPE="int8") == 0
     half = (tmp_path / "embeddings/rank0-values.bin").stat().st_size
@@ -250,8 +261,10 @@ def test_other_settings_do_not_mix_into_one_store(exported: Path, teacher_file: 
     save_weights(
         other, {key: tensor + 1 if key.endswith("ln_pre.bias") else tensor for key, tensor in file.tensors.items()}
     )
-    with pytest.raises(ValueError, match=r"teacher.sha256: found"):
-        save(other, sa1b, output)
+    for flags in ((), ("--dry-run",)):
+        with pytest.raises(ValueError, match=r"teacher.sha256: found"):
+            save(other, sa1b, output, *flags)
+    assert (output / "config.json").read_text() == (exported / "config.json").read_text()
 
 
 def test_nan_from_the_teacher_names_the_picture(teacher_file: Path, sa1b: Path, tmp_path: Path):
@@ -336,3 +349,12 @@ def test_a_name_in_both_splits_is_refused(teacher_file: Path, sa1b: Path, tmp_pa
     write_record(data, "val", "sa_1", image(60, 80))
     with pytest.raises(ValueError, match=r"two pictures for the key 'sa_1'"):
         save(teacher_file, data, tmp_path / "export")
+
+
+def test_processes_wait_long_for_the_slowest(teacher_file: Path, sa1b: Path, tmp_path: Path, monkeypatch):
+    """They meet only at the end of an export, hours after the fastest is through."""
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: pytest.exit(str(timeout.days)))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(pytest.exit.Exception, match="14"):
+        save(teacher_file, sa1b, tmp_path)

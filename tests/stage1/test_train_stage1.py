@@ -176,6 +176,18 @@ def test_evaluate_prints_the_metrics_of_a_checkpoint(trained: Path, exported: Pa
         train(exported, sa1b, tmp_path / "empty", "--eval")
 
 
+def test_evaluate_takes_the_file_that_is_named(trained: Path, exported: Path, sa1b: Path, tmp_path: Path, capsys):
+    """Also if the output folder holds a newer one."""
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    first, last = metrics(trained, "val/mse")
+    for flag in ("--resume", "--pretrained"):
+        assert train(exported, sa1b, output, "--eval", flag, str(output / "ckpt_epoch_0.pth")) == 0
+        assert f"val/mse {first:.5g}" in capsys.readouterr().out
+    assert train(exported, sa1b, output, "--eval") == 0
+    assert f"val/mse {last:.5g}" in capsys.readouterr().out
+
+
 def test_pretrained_starts_from_the_weights_of_a_checkpoint(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):
     start_from = trained / "ckpt_epoch_1.pth"
     assert (
@@ -285,6 +297,22 @@ def test_an_unreadable_picture_stops_or_is_skipped(exported: Path, sa1b: Path, t
     assert train(exported, data, tmp_path / "run2", DATA__SKIP_BAD_IMAGES=True, TRAIN__EPOCHS=1) == 0
 
 
+@pytest.mark.parametrize("teacher", ["stored", "online"])
+def test_a_batch_without_any_readable_picture_changes_nothing(
+    teacher: str, exported: Path, teacher_file: Path, sa1b: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    data = tmp_path / "data"
+    shutil.copytree(sa1b, data)
+    (data / "images/train/sa_2.jpg").write_bytes(b"")
+    opts = {"DATA__SKIP_BAD_IMAGES": True, "DATA__BATCH_SIZE": 1, "TRAIN__EPOCHS": 2}
+    opts |= {"DISTILL__TEACHER": teacher, "DISTILL__TEACHER_CHECKPOINT": teacher_file}
+    if teacher == "stored":
+        del opts["DISTILL__TEACHER_CHECKPOINT"]
+    assert train(exported, data, tmp_path / "run", **opts) == 0
+    assert max(metrics(tmp_path / "run", "train/skipped_steps")) == 0
+    assert capsys.readouterr().out.count("left out (picture 1 that cannot be read): ") == 1
+
+
 def test_a_shard_cut_in_the_middle_names_it(exported: Path, sa1b: Path, tmp_path: Path):
     store = tmp_path / "export/embeddings"
     shutil.copytree(exported / "embeddings", store)
@@ -314,6 +342,9 @@ def test_another_students_folder_is_not_resumed(trained: Path, exported: Path, s
         train(exported, sa1b, output, MODEL__BACKBONE="efficientvit_b1")
     with pytest.raises(ValueError, match=r"SEED is 0 there and 5 here"):
         train(exported, sa1b, output, SEED=5)
+    with pytest.raises(ValueError, match=r"TRAIN.OPTIMIZER.NAME is 'adamw' there and 'sgd' here"):
+        train(exported, sa1b, output, TRAIN__OPTIMIZER__NAME="sgd")
+    assert (output / "config.json").read_text() == (trained / "config.json").read_text()
 
 
 def test_a_truncated_newest_checkpoint_is_passed_over(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):
@@ -367,6 +398,24 @@ def test_the_listing_is_compared_between_processes(
     monkeypatch.setattr("sam3.engine.distributed.gather_objects", lambda value: [value, "another digest"])
     with pytest.raises(ValueError, match="processes of this run see different pictures"):
         train(exported, sa1b, tmp_path)
+
+
+def test_a_val_split_on_one_machine_only_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, exported: Path, sa1b: Path, tmp_path: Path
+):
+    data = tmp_path / "data"
+    shutil.copytree(sa1b, data)
+    shutil.rmtree(data / "images/val")
+    answers = iter([lambda value: [value, value], lambda value: [value, "what the other machine sees"]])
+    monkeypatch.setattr("sam3.engine.distributed.gather_objects", lambda value: next(answers)(value))
+    with pytest.raises(ValueError, match=r"processes of this run see different pictures in .* \(val\)"):
+        train(exported, data, tmp_path / "run")
+
+
+def test_a_dry_run_notices_a_disk_too_small(exported: Path, sa1b: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sam3.engine.files.free_bytes", lambda path: 1000)
+    with pytest.raises(OSError, match=r"2 checkpoints needs .* but only 1.00 kB are free"):
+        train(exported, sa1b, tmp_path / "run", "--dry-run")
 
 
 def test_sources_without_val_split_train_without_validation(teacher_file: Path, tmp_path: Path):

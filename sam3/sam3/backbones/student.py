@@ -125,16 +125,17 @@ def recognise_student(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[
             f"no student under the prefix '{prefix}': no key starts with '{prefix}{BACKBONE_PREFIX}', "
             f"the {len(tensors)} keys are like {', '.join(repr(k) for k in list(tensors)[:3]) or '(none)'}"
         )
-    contained = [name for name in BACKBONES if _backbone_shapes(name).items() <= found.items()]
-    if len(contained) > 1:
-        raise ValueError(f"the weights under '{prefix}' mix students: {' and '.join(map(describe, contained))}")
-    nearest = min(BACKBONES, key=lambda name: len(_backbone_shapes(name).items() ^ found.items()))
-    if _backbone_shapes(nearest) != found:
+    name = _student_of(found)
+    if name is None:
+        contained = [name for name in BACKBONES if _backbone_shapes(name).items() <= found.items()]
+        if len(contained) > 1:
+            raise ValueError(f"the weights under '{prefix}' mix students: {' and '.join(map(describe, contained))}")
+        nearest = min(BACKBONES, key=lambda name: len(_backbone_shapes(name).items() ^ found.items()))
         raise ValueError(_difference(nearest, found, prefix + BACKBONE_PREFIX))
     last = f"{prefix}{HEAD_PREFIX}3.weight"
     if last not in tensors:
-        raise ValueError(f"the weights of {describe(nearest)} have no head: '{last}' is missing")
-    return nearest, tensors[last].shape[0]
+        raise ValueError(f"the weights of {describe(name)} have no head: '{last}' is missing")
+    return name, tensors[last].shape[0]
 
 
 def check_student(tensors: Mapping[str, Tensor], backbone_name: str, prefix: str = "") -> None:
@@ -145,8 +146,8 @@ def check_student(tensors: Mapping[str, Tensor], backbone_name: str, prefix: str
     found = _shapes(tensors, prefix + BACKBONE_PREFIX)
     if not found or found == _backbone_shapes(backbone_name):
         return
-    other = next((name for name in BACKBONES if _backbone_shapes(name) == found), None)
-    if other:
+    other = _student_of(found)
+    if other is not None:
         raise ValueError(
             f"these are the weights of {describe(other)}, but the student is {describe(backbone_name)}; "
             "choose the backbone that the checkpoint was trained with"
@@ -176,6 +177,11 @@ def _backbone_shapes(backbone_name: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a backbone, in order."""
     with torch.device("meta"):
         return _shapes(_build_backbone(backbone_name, None).state_dict())
+
+
+def _student_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The student whose backbone has exactly these tensors; building the others to compare with would take seconds."""
+    return next((name for name in BACKBONES if _backbone_shapes(name) == shapes), None)
 
 
 def _shapes(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, tuple[int, ...]]:

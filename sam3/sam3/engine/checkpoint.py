@@ -102,10 +102,19 @@ def file_name(payload: Mapping[str, Any]) -> str:
 
 
 def save(folder: str | Path, payload: Mapping[str, Any], name: str | None = None) -> Path:
-    """Write the file, whole or not at all, as `name` (by default what `file_name` says) and return its path."""
+    """Write the file, whole or not at all, as `name` (by default what `file_name` says) and return its path.
+
+    Raises OSError if it cannot be written; an older file of that name is left as it was then.
+    """
     path = Path(folder) / (name or file_name(payload))
     with files.atomic_path(path) as temporary:
-        torch.save(payload, temporary)
+        try:
+            torch.save(payload, temporary)
+        except RuntimeError as error:  # what torch's zip writer makes of an OSError
+            raise OSError(
+                f"could not write {path} ({str(error).splitlines()[0]}), is the disk full? {files.human_bytes(files.free_bytes(path))} "
+                "are free there; make room or set KEEP_LAST, and run the same command again"
+            ) from error
     return path
 
 

@@ -291,7 +291,7 @@ class _Merge:
                 raise ValueError(f"{key} (in {source}) cannot be set: {reason}")
         default = _find(self.defaults, key)
         if default is _ABSENT:
-            close = difflib.get_close_matches(key, _leaf_keys(self.defaults), n=1, cutoff=0.6)
+            close = difflib.get_close_matches(key, leaf_keys(self.defaults), n=1, cutoff=0.6)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown config key {key} in {source}{hint}")
         if isinstance(default, CfgNode):
@@ -327,10 +327,11 @@ def _coerce(value: Any, default: Any, key: str, source: str) -> Any:
     )
 
 
-def _leaf_keys(config: CfgNode, prefix: str = "") -> list[str]:
+def leaf_keys(config: CfgNode, prefix: str = "") -> list[str]:
+    """All dotted keys that are no groups."""
     keys = []
     for key, value in config.items():
-        keys += _leaf_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
+        keys += leaf_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
     return keys
 
 

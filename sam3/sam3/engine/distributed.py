@@ -37,10 +37,11 @@ class World:
         stop()
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """Join the other processes, if torchrun started any, and choose the device.
 
-    device: `auto` (CUDA, else MPS, else CPU) | `cpu` | `cuda` | `cuda:N` | `mps`.
+    device: `auto` (CUDA, else MPS, else CPU) | `cpu` | `cuda` | `cuda:N` | `mps`. timeout: how long a process waits
+    for the others wherever they meet; one that died is noticed at once, so this is for those that hang.
     Raises ValueError for a device that is not there.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -52,7 +53,7 @@ def start(device: str = "auto") -> World:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # gloo beside nccl: small numbers and objects travel between CPUs, without touching the GPU's queue
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     return World(rank, size, local_rank, chosen)
 
 

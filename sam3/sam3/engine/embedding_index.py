@@ -17,7 +17,7 @@ import numpy as np
 from sam3.engine.files import atomic_path
 
 if TYPE_CHECKING:
-    from sam3.engine.embeddings import Shard
+    from sam3.engine.embedding_format import Shard
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sam3.engine.embeddings import DTYPES, SEED, RecordLayout, Shard, list_shards, read_meta, record_crc
+from sam3.engine.embedding_format import DTYPES, SEED, RecordLayout, Shard, list_shards, read_meta, record_crc
 from sam3.engine.files import human_bytes
 
 NUM_SHOWN = 20

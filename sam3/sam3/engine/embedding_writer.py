@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3.engine.embedding_index import KeyIndex
-from sam3.engine.embeddings import (
+from sam3.engine.embedding_format import (
     CRC_BYTES,
     META_FILE,
     SEED,
@@ -34,6 +33,7 @@ from sam3.engine.embeddings import (
     record_crc,
     store_meta,
 )
+from sam3.engine.embedding_index import KeyIndex
 from sam3.engine.files import fsync, human_bytes, require_free_space, write_json
 from sam3.engine.locks import FileLock
 
@@ -59,7 +59,7 @@ class EmbeddingWriter:
     also repairs the shards that a run with more ranks left behind.
 
     One background thread writes, fed by a queue of at most `max_queue_bytes`; its errors reach the next call made
-    here. Files are pushed to the device every `sync_bytes`, on `flush` and on `close`.
+    here. Files are pushed to the device every `sync_bytes`, while writing goes on, and on `flush` and `close`.
     Raises ValueError if another process writes this shard, OSError if the folder cannot be written to or fills up.
     """
 
@@ -98,6 +98,7 @@ class EmbeddingWriter:
         self._closed = False
         self._queue: queue.Queue[_Record | None] = queue.Queue(max(1, max_queue_bytes // self.layout.record_bytes))
         self._checksums = ThreadPoolExecutor(2, thread_name_prefix="embedding-crc")
+        self._syncs = ThreadPoolExecutor(1, thread_name_prefix="embedding-sync")
         self._thread = threading.Thread(target=self._run, name="embedding-writer", daemon=True)
         self._thread.start()
 
@@ -196,6 +197,7 @@ class EmbeddingWriter:
         self._queue.put(None)
         self._thread.join()
         self._checksums.shutdown()
+        self._syncs.shutdown()
         try:
             self._raise_error()
             self._files.sync()
@@ -226,15 +228,16 @@ class EmbeddingWriter:
         raise self._error
 
     def _run(self) -> None:
-        unsynced = 0
+        unsynced, sync = 0, None
         while (record := self._queue.get()) is not None:
             try:
                 if self._error is None:  # after an error the queue is only emptied, so that nobody waits for it
                     self._files.append(record.key, record.parts, record.crc)
                     unsynced += self.layout.record_bytes
                     if unsynced >= self.sync_bytes:
-                        self._files.sync()
-                        unsynced = 0
+                        if sync is not None:
+                            sync.result()  # at most two intervals are not yet safe from a power cut
+                        unsynced, sync = 0, self._syncs.submit(self._files.sync)
             except BaseException as error:  # raised again in the caller's thread
                 self._error = error
             finally:
@@ -280,14 +283,14 @@ class ShardFiles:
         return count
 
     def _drop_damaged_tail(self, count: int) -> int:
-        """A power cut may leave the size of a file right and its last blocks empty; their checksums tell."""
-        crcs = self.shard.read_crcs()
+        """A power cut may leave the sizes right and blocks empty, among what was not yet synced; checksums tell."""
+        crcs, record = self.shard.read_crcs(), self.layout.record_bytes
+        first = max(0, count - 1 - 2 * SYNC_BYTES // record)
         with self.shard.values_path.open("rb") as values:
-            while count:
-                values.seek((count - 1) * self.layout.record_bytes)
-                if record_crc([values.read(self.layout.record_bytes)]) == crcs[count - 1]:
-                    break
-                count -= 1
+            values.seek(first * record)
+            for line in range(first, count):
+                if record_crc([values.read(record)]) != crcs[line]:
+                    return line
         return count
 
     def _cut(self, count: int) -> None:

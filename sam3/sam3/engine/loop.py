@@ -348,11 +348,14 @@ class _Run:
             self.saved.load_state_dict(payload["model"], strict=True)
         except RuntimeError as error:
             raise ValueError(f"the checkpoint's weights do not fit the model: {error}") from error
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             # A copy: the payload's tensors are views of the file.
             self.optimizer.load_state_dict(copy.deepcopy(payload["optimizer"]))
         except ValueError as error:
             raise ValueError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # weight decay and the like are this run's, as the learning rate is
         if payload["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(payload["scaler"])
         self.result.position = self.at = checkpoint.position_of(payload)

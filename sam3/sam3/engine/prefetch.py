@@ -57,6 +57,9 @@ def prefetch(items: Iterator[Item], depth: int = 1, setup: Callable[[], None] | 
         if item is not None:
             raise item
     finally:
+        # An exception that is a variable of the frame it passed through is a cycle, and a DataLoader that only the
+        # garbage collector frees cannot tell its workers to end.
+        item = None
         left.set()
         thread.join()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sam3.model.data_misc import FindStage
 from sam3.model.sam3_image import Sam3Image
+from sam3.transforms import to_rgb
 
 VISUAL_PROMPT = "visual"  # the phrase SAM3 was trained with where only boxes or points say what to find
 RESULTS = ("outputs", "masks", "masks_logits", "boxes", "scores")
@@ -49,7 +50,8 @@ class Sam3Processor:
             resolution: side of the model's square, checked against the model; left out, the model's.
             device: where the model is moved; left out, where it is.
             confidence_threshold: objects with a higher score are kept.
-            autocast_dtype: e.g. `torch.bfloat16`: run the model's matrix products in it.
+            autocast_dtype: e.g. `torch.bfloat16`: run the model's matrix products in it; left out, an autocast that
+                the caller has switched on stays in force.
             top_k: keep at most so many objects, those with the highest scores.
         """
         self.preprocess = model.preprocess
@@ -146,8 +148,9 @@ class Sam3Processor:
 
     def reset_all_prompts(self, state: dict[str, Any]) -> None:
         """Forgets text, boxes, points and results; the picture stays."""
-        for key in [key for key in state["backbone_out"] if key.startswith("language_")]:
-            del state["backbone_out"][key]
+        features = state.get("backbone_out", {})
+        for key in [key for key in features if key.startswith("language_")]:
+            del features[key]
         for key in ("geometric_prompt", *RESULTS):
             state.pop(key, None)
 
@@ -248,7 +251,7 @@ class Sam3Processor:
     @contextmanager
     def _inference(self):
         dtype = self.autocast_dtype
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.inference_mode(), nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             yield
 
 
@@ -259,12 +262,14 @@ def to_uint8_chw(image: Picture) -> Tensor:
     cannot be any of these, are (3, H, W) or (1, H, W). Floats must lie in 0..1.
     """
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        image = to_rgb(image)
     if not isinstance(image, (np.ndarray, Tensor)):
         raise ValueError(f"a picture is a Pillow image, an array or a tensor, got {type(image).__name__}")
     found = f"a picture of shape {tuple(image.shape)} and type {image.dtype}"
     channels_last = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] in (1, 3, 4)
-    pixels = torch.as_tensor(image).cpu()
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.require(image, requirements=("C", "W")))  # copies turned and read-only arrays
+    pixels = image.cpu()
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif channels_last:
