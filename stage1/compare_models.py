@@ -17,7 +17,8 @@ from torch import nn
 
 from sam3.backbones.student import BACKBONES, StudentEncoder, build_student
 from sam3.engine.cli import make_parser, run_main
-from sam3.model_builder import build_sam3_image_model
+from sam3.model.config import Sam3Config
+from sam3.model_builder import assemble_image_model
 
 TRUNK = "backbone.vision_backbone.trunk"
 VISION = (TRUNK, "backbone.vision_backbone.convs", "backbone.vision_backbone.sam2_convs")
@@ -67,7 +68,7 @@ def total(counts: Iterable[Count]) -> Count:
 def count_teacher() -> dict[str, Count]:
     """Of each module of sam3.pt, in the file's order of roots."""
     with torch.device("meta"):
-        model = build_sam3_image_model(device="meta", with_sam2_neck=True)
+        model = assemble_image_model(Sam3Config.preset("full"), with_sam2_neck=True)
     counts = {name: count([model.get_submodule(name)]) for name in DETECTOR_MODULES}
     missed = count([model]) - total(counts.values())
     assert missed == Count(0, 0), f"{missed} are in none of the modules listed"

@@ -49,8 +49,9 @@ CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
 }
 # Keys and groups of keys that the export does not use.
 TRAINING_ONLY = (
-    *("TRAIN", "MODEL.BACKBONE", "MODEL.PRETRAINED", "DISTILL.TEACHER", "DISTILL.TEACHER_CHECKPOINT", "DISTILL.VERIFY_CRC"),
-    *("DISTILL.PIXEL_WISE", "DISTILL.COSINE", "DISTILL.MSE_REDUCTION", "EVAL_MODE", "THROUGHPUT_MODE"),
+    *("TRAIN", "MODEL.BACKBONE", "MODEL.PRETRAINED"),
+    *("DISTILL.TEACHER", "DISTILL.TEACHER_CHECKPOINT", "DISTILL.VERIFY_CRC", "DISTILL.PIXEL_WISE", "DISTILL.COSINE"),
+    *("DISTILL.MSE_REDUCTION", "EVAL_MODE", "THROUGHPUT_MODE"),
     *("SAVE_FREQ", "SAVE_STEPS", "KEEP_LAST", "PRINT_FREQ", "DETERMINISTIC", "TENSORBOARD", "USE_WANDB"),
 )
 # What a teacher's config file states of them all the same.
@@ -164,7 +165,7 @@ def load(args: argparse.Namespace, flags: Mapping[str, engine_config.FlagAction]
 
 
 def refuse_idle_keys(config: CfgNode) -> None:
-    """ValueError for a key that is set but cannot act in this run: an export or a training, as SAVE_TEACHER_EMBED says."""
+    """ValueError for a key that is set but cannot act in this run, which SAVE_TEACHER_EMBED makes an export."""
     defaults = stage1_defaults()
     idle = {key: f"acts only {when}" for key, (holds, when) in CONDITIONS.items() if not holds(config)}
     if config.DISTILL.SAVE_TEACHER_EMBED:

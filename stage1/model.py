@@ -43,7 +43,7 @@ class TeacherEncoder(nn.Module):
         grid = self.trunk(images)[-1]
         if grid.shape[-1] != self.embed_size:
             grid = F.interpolate(grid.float(), size=(self.embed_size,) * 2, mode="bilinear", align_corners=False)
-        return grid.half()
+        return grid.half().contiguous()  # the store's layout: it decides the order of sums and so the last bits
 
 
 class EncoderDistiller(nn.Module):

@@ -37,7 +37,10 @@ from stage1.model import EncoderDistiller, build_distiller, build_teacher
 from stage1.validation import Validator
 
 # A checkpoint of another run is refused if one of these differs: going on would mean something else.
-RESUME_KEYS = ("MODEL.BACKBONE", "DISTILL.NO_RAND", "DISTILL.MSE_REDUCTION", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME", "SEED")
+RESUME_KEYS = (
+    *("MODEL.BACKBONE", "DISTILL.NO_RAND", "DISTILL.MSE_REDUCTION", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"),
+    "SEED",
+)
 BEST_METRIC = "val/mse"
 logger = logging.getLogger("sam3.stage1")
 

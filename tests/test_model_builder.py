@@ -141,6 +141,22 @@ def test_merged_student_is_recognised_by_both_builders(merged):
     assert all(torch.equal(own[key.removeprefix("detector.")], t) for key, t in stored.items() if "model." in key)
 
 
+def test_a_student_in_a_half_precision_file_runs_in_float32(merged, tmp_path):
+    found = load_weights(merged)
+    half = {k: t if "trunk.model." in k or not t.is_floating_point() else t.half() for k, t in found.tensors.items()}
+    save_weights(tmp_path / "half.pt", half, found.meta)
+    model = build_sam3_image_model(tmp_path / "half.pt", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert run(model)["pred_masks"].isfinite().all()
+
+
+def test_foreign_preprocess_meta_names_the_file(merged, tmp_path):
+    found = load_weights(merged)
+    save_weights(tmp_path / "odd.pt", found.tensors, {"preprocess": {"img_size": 224}})
+    with pytest.raises(ValueError, match=r"odd\.pt: preprocess meta has the fields"):
+        build_sam3_image_model(tmp_path / "odd.pt", device="cpu")
+
+
 def test_builders_refuse_the_other_kind_of_file(tiny, merged):
     with pytest.raises(ValueError, match="no student in the place of SAM3's trunk"):
         build_efficientsam3_image_model(tiny)
@@ -186,6 +202,13 @@ def test_random_weights_from_a_preset():
     assert len(assemble_image_model(Sam3Config.preset("tiny")).state_dict()) == len(model.state_dict())
     with pytest.raises(ValueError, match="unknown SAM3 preset"):
         build_sam3_image_model(config="small")
+
+
+def test_random_weights_that_nobody_asked_for_are_announced(caplog):
+    build_sam3_image_model(config="tiny", device="cpu")
+    assert not caplog.records
+    build_sam3_image_model(device="meta")  # SAM3's own builder would fetch the released weights here
+    assert "the weights are random" in caplog.text
 
 
 def test_devices():

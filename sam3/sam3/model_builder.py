@@ -6,6 +6,7 @@ memory-mapped and handed to a model that was built without any, so that loading 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,8 @@ __all__ = [
     "build_student",
     "build_teacher_trunk",
 ]
+
+log = logging.getLogger(__name__)
 
 STUDENT = f"{TRUNK}model."
 SAM2_NECK = "backbone.vision_backbone.sam2_convs."
@@ -92,6 +95,8 @@ def build_sam3_image_model(
         "bpe_path": bpe_path,
     }
     if checkpoint_path is None:
+        if config is None:
+            log.warning("no checkpoint: the weights are random; pass checkpoint_path=... or load_from_HF=True")
         model = assemble_image_model(config or Sam3Config.preset("full"), **parts)
     else:
         model = _load_image_model(load_weights(checkpoint_path), config, parts)
@@ -182,7 +187,7 @@ def assemble_image_model(
 def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[str, Any]) -> Sam3Image:
     """Builds what the file's tensors ask for, and lets it take them over."""
     tensors = _detector_tensors(file.tensors, file.path)
-    preprocess = Preprocess.from_meta(file.meta["preprocess"]) if "preprocess" in file.meta else None
+    preprocess = _read_preprocess(file)
     trunk = None
     if any(key.startswith(STUDENT) for key in tensors):
         name, embed_dim = recognise_student(tensors, STUDENT)
@@ -203,7 +208,19 @@ def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[s
     load_strict(model, tensors, source=file.path, allowed_unexpected=unused)
     unset = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not unset, f"without values after loading: {list_names(unset)}; register such buffers as persistent"
+    if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        model.float()  # for example a student merged into a file of half precision
     return model
+
+
+def _read_preprocess(file: WeightFile) -> Preprocess | None:
+    """As the file states it; None if it does not."""
+    if "preprocess" not in file.meta:
+        return None
+    try:
+        return Preprocess.from_meta(file.meta["preprocess"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file.path}: {error}; merge or train the student again with this version") from error
 
 
 def _detector_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:

@@ -67,6 +67,7 @@ class Stage1Loader:
                     del batch  # a cycle of exception and frame would keep the workers; see `prefetch`
             self._report(batch)
             yield self.dataset.read_embeddings(batch, None if pin else self._memory, pin)
+            del batch  # else it would be held while the next one is made
 
     def _report(self, batch: Stage1Batch) -> None:
         """A line in the log for each picture that is left out, once."""
@@ -74,7 +75,6 @@ class Stage1Loader:
             if key not in self._left_out:
                 self._left_out.add(key)
                 logger.warning(f"left out (picture {len(self._left_out)} that cannot be read): {reason}")
-            del batch  # else it would be held while the next one is made
 
     def _enter_device(self) -> None:
         torch.cuda.set_device(self.device)  # page-locking in a new thread would wake GPU 0 otherwise

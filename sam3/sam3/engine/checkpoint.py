@@ -112,8 +112,8 @@ def save(folder: str | Path, payload: Mapping[str, Any], name: str | None = None
             torch.save(payload, temporary)
         except RuntimeError as error:  # what torch's zip writer makes of an OSError
             raise OSError(
-                f"could not write {path} ({str(error).splitlines()[0]}), is the disk full? {files.human_bytes(files.free_bytes(path))} "
-                "are free there; make room or set KEEP_LAST, and run the same command again"
+                f"could not write {path} ({str(error).splitlines()[0]}), is the disk full? "
+                f"{files.human_bytes(files.free_bytes(path))} are free; make room or set KEEP_LAST, and run it again"
             ) from error
     return path
 

@@ -190,7 +190,7 @@ def wrap(model: nn.Module, device: torch.device, find_unused_parameters: bool = 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with BatchNorm statistics taken over all processes; the parameters stay the same objects."""
     if device.type != "cuda":
-        raise ValueError(f"synchronised BatchNorm runs on CUDA only, not on {device.type}; leave out --use-sync-bn")
+        raise ValueError(f"synchronised BatchNorm runs on CUDA only, not on {device.type}; leave out TRAIN.USE_SYNC_BN")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

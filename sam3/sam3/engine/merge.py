@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam3.engine.files import fsync
 from sam3.engine.weights import WeightFile, list_names, load_weights, same_bytes, save_weights, strip_prefix
 
 VISION = "detector.backbone.vision_backbone"
@@ -196,6 +197,7 @@ def write_merge(
         if verify is not None:
             verify(unproven)
         unproven.replace(output)
+        fsync(output.parent)  # or a power loss could bring the older file back
     finally:
         unproven.unlink(missing_ok=True)
     return proof
