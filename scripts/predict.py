@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    box = {"nargs": 4, "type": float, "action": "append", "default": [], "metavar": ("X0", "Y0", "X1", "Y1")}
+    box = {"nargs": "+", "type": float, "action": "extend", "default": [], "metavar": "X0 Y0 X1 Y1"}
     add("--checkpoint", required=True, type=Path, help="sam3.pt, a merged student checkpoint, or a tiny one")
     add("--image", required=True, type=Path, help="picture to look at")
     add("--text", help='phrase to look for, such as "red car"')
-    add("--box", **box, help="pixels of something to find; may be given again")
-    add("--negative-box", **box, help="pixels of something not to find; may be given again")
+    add("--box", **box, help="pixels of something to find; several boxes one after another")
+    add("--negative-box", **box, help="pixels of something not to find; likewise")
     add("--point", nargs=3, type=float, action="append", default=[], metavar=("X", "Y", "LABEL"),
         help="pixel on something to find (label 1) or not to find (0); may be given again")  # fmt: skip
     add("--threshold", type=float, default=0.5, help="keep objects with a higher score (0..1)")
@@ -60,6 +60,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threshold is a score in 0..1, got {args.threshold}")
     if args.top_k is not None and args.top_k < 1:
         parser.error(f"--top-k must be at least 1, got {args.top_k}")
+    for flag, numbers in (("--box", args.box), ("--negative-box", args.negative_box)):
+        if len(numbers) % 4:
+            parser.error(f"{flag} takes four numbers a box (left, top, right, bottom), got {len(numbers)}")
+    args.box, args.negative_box = (
+        [numbers[i : i + 4] for i in range(0, len(numbers), 4)] for numbers in (args.box, args.negative_box)
+    )
     if any(point[2] not in (0, 1) for point in args.point):
         parser.error("the label of a --point is 1 (find this) or 0 (not this)")
     if args.output and Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:

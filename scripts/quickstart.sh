@@ -5,15 +5,18 @@
 #   bash scripts/quickstart.sh
 #
 # The teacher has random weights: this shows the mechanics, not SAM3's quality. Everything goes to output/quickstart,
-# and a second run starts there anew (with the same data and teacher). Works with bash 3.2 (macOS).
+# and a second run starts there anew (with the same data and teacher). EPOCHS=N and OUT=folder change what they say.
+# Works with bash 3.2 (macOS).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=output/quickstart
+OUT=${OUT:-output/quickstart}
 DATA=data/sample-sa1b
 TEACHER=sam3_checkpoints/sam3_tiny.pt
 EPOCHS=${EPOCHS:-40}
 times=""
+# With fewer free cores than threads, spinning threads would slow each other down several times over.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say() { printf '\n[quickstart] %s\n' "$*"; }
 # Names the step, runs it, and keeps its time for the end.

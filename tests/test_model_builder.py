@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -225,13 +227,22 @@ def test_loading_takes_the_mapped_tensors_over(tiny, monkeypatch):
     assert [key for key, tensor in own.items() if tensor.data_ptr() != stored[key].data_ptr()] == []
 
 
-def test_hub_is_asked_only_without_a_file(tiny, monkeypatch):
+def test_hub_is_asked_only_without_a_file(tiny, tmp_path, monkeypatch):
+    def fetch(folder):
+        asked.append(folder)
+        folder.mkdir()
+        shutil.copy(tiny, folder / "sam3.pt")
+
     asked = []
-    monkeypatch.setattr(hub, "download_sam3", lambda *args: asked.append(args) or [tiny])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download_sam3", fetch)
     build_sam3_image_model(tiny, device="cpu", load_from_HF=True)
     assert not asked
-    build_sam3_image_model(device="cpu", load_from_HF=True)
+    for _ in range(2):
+        build_sam3_image_model(device="cpu", load_from_HF=True)
     assert len(asked) == 1
+    with pytest.raises(ValueError, match="clicks need the tracker"):
+        build_sam3_image_model(tiny, enable_inst_interactivity=True)
 
 
 @pytest.mark.slow

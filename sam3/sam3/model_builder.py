@@ -59,6 +59,7 @@ def build_sam3_image_model(
     enable_text_encoder: bool = True,
     enable_segmentation: bool = True,
     with_sam2_neck: bool = False,
+    enable_inst_interactivity: bool = False,
     load_from_HF: bool = False,
     compile: bool = False,
     dtype: torch.dtype | None = None,
@@ -73,7 +74,10 @@ def build_sam3_image_model(
         device: `auto` (CUDA, else MPS, else CPU) or any torch device.
         enable_text_encoder, enable_segmentation: False leaves the part out, and its weights in the file.
         with_sam2_neck: also build the neck that clicks and video use.
-        load_from_HF: fetch `facebook/sam3` from the hub if no checkpoint is given (access is gated).
+        enable_inst_interactivity: SAM3's click predictor; it needs the tracker, which is not built yet, so True is
+            refused.
+        load_from_HF: if no checkpoint is given, take `sam3_checkpoints/sam3.pt`, fetched from the hub if it is not
+            there (access is gated).
         compile: compile the trunk and the mask head's pixel decoder at their first use.
         dtype: cast the weights, for example to `torch.bfloat16`.
         config: sizes, or the name of a preset; left out, they are read from the checkpoint (`full` without one).
@@ -84,10 +88,10 @@ def build_sam3_image_model(
     """
     if isinstance(config, str):
         config = Sam3Config.preset(config)
+    if enable_inst_interactivity:
+        raise ValueError("clicks need the tracker, which is not built yet; use Sam3Processor.add_point_prompt")
     if load_from_HF and checkpoint_path is None:
-        from sam3.engine import hub  # its client is for those who ask for it
-
-        checkpoint_path = hub.download_sam3()[0]
+        checkpoint_path = _released_checkpoint()
     parts = {
         "enable_text_encoder": enable_text_encoder,
         "enable_segmentation": enable_segmentation,
@@ -249,3 +253,13 @@ def _build_vit(sizes: Mapping[str, Any]) -> ViT:
         window_size=sizes["window_size"],
         global_blocks=sizes["global_blocks"],
     )
+
+
+def _released_checkpoint() -> Path:
+    """sam3.pt in the usual folder; what lies there was verified when it was fetched."""
+    path = Path("sam3_checkpoints/sam3.pt")
+    if not path.is_file():
+        from sam3.engine import hub  # its client is for those who ask for it
+
+        hub.download_sam3(path.parent)
+    return path

@@ -21,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision 0.29 announces that a later release will drop its decoders
+    decode_jpeg = None
 
 RESIZE_MODES = ("pad", "square")
 JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -41,10 +45,12 @@ def read_image(path: str | Path) -> Tensor:
     dropped. Raises FileNotFoundError, or ValueError naming the file if it is empty, truncated or no picture.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}; check the path")
     data = np.fromfile(path, dtype=np.uint8)
     if data.size == 0:
         raise ValueError(f"picture {path} is empty (0 bytes); fetch it again or remove it")
-    if data[:3].tobytes() == JPEG_SIGNATURE:
+    if decode_jpeg is not None and data[:3].tobytes() == JPEG_SIGNATURE:
         try:
             return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
         except RuntimeError as error:

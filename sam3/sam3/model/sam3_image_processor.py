@@ -288,7 +288,10 @@ def to_uint8_chw(image: Picture) -> Tensor:
 
 
 def _finite(values: Sequence[float], count: int, what: str) -> list[float]:
-    numbers = [float(value) for value in values]
+    try:
+        numbers = [float(value) for value in values]
+    except TypeError:
+        numbers = []
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"a {what} is {count} finite numbers, got {list(values)}")
+        raise ValueError(f"a {what} is {count} finite numbers, got {values!r}")
     return numbers

@@ -1,0 +1,33 @@
+"""scripts/quickstart.sh as a user runs it, with a short training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv/efficientsam3.stamp").exists(), reason="needs the .venv of scripts/setup_env.sh")
+def test_quickstart_ends_with_a_table_and_pictures(tmp_path: Path):
+    output = tmp_path / "quickstart"
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/quickstart.sh")],
+        cwd=tmp_path,
+        env={**os.environ, "OUT": str(output), "EPOCHS": "4", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ES-EV-S, untrained" in done.stdout and "6. train a student" in done.stdout
+    assert Image.open(output / "evaluation.png").width == 4 * 320
+    assert Image.open(output / "prediction.png").format == "PNG"
+    _, before, after = json.loads((output / "evaluation.json").read_text())["models"]
+    assert after["cosine"] > before["cosine"] + 0.2
