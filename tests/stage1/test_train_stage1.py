@@ -93,7 +93,7 @@ def test_stopped_in_mid_epoch_it_goes_on_to_the_same_weights(trained: Path, expo
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_weights(trained, exported: Path, sa1b: Path, tmp_path: Path):
+def test_killed_at_random_moments_it_ends_with_the_same_weights(exported: Path, sa1b: Path, tmp_path: Path):
     arguments = student_arguments(exported, sa1b, tmp_path, SAVE_STEPS=1)
     moments, kills = random.Random(1), 0
     for _ in range(4):
@@ -108,7 +108,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(trained, exporte
     assert kills >= 2
     code, text = finish(start(TRAIN, arguments))
     assert code == 0, text
-    assert_same_weights(tmp_path / "ckpt_epoch_1.pth", trained / "ckpt_epoch_1.pth")
+    # The reference runs likewise in a program of its own: the number of threads decides the last bits of a sum.
+    code, text = finish(start(TRAIN, student_arguments(exported, sa1b, tmp_path / "whole")))
+    assert code == 0, text
+    assert_same_weights(tmp_path / "ckpt_epoch_1.pth", tmp_path / "whole/ckpt_epoch_1.pth")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
