@@ -345,3 +345,14 @@ def test_sigkill_at_random_moments_loses_only_what_is_in_flight(tmp_path):
     values, seed = EmbeddingReader(tmp_path, verify_crc=True).read(f"sa_{stored - 1}")
     assert seed == stored - 1
     assert values.eq((stored - 1) / 4.0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_every_kind_of_non_finite_float16_is_found(bad: float):
+    values = torch.tensor([0.0, -0.0, 65504.0, -65504.0, 6e-8, -6e-8], dtype=torch.float16)
+    assert embedding_writer._is_finite(values.numpy())
+    # the sign of NaN is set by bits, because arithmetic may drop it
+    bits = torch.tensor(bad, dtype=torch.float16).view(torch.int16)
+    for sign in (bits, bits | -(2**15)):
+        values[3] = sign.view(torch.float16)
+        assert not embedding_writer._is_finite(values.numpy())
