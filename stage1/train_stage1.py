@@ -25,6 +25,7 @@ from sam3.engine.distributed import World
 from sam3.engine.environment import write_env
 from sam3.engine.files import free_bytes, human_bytes, require_free_space, sha256
 from sam3.engine.image_list import ImageList
+from sam3.engine.locks import FileLock
 from sam3.engine.loop import LoopSettings, train
 from sam3.engine.rng import seed_everything
 from sam3.engine.sampler import EpochSampler
@@ -38,8 +39,8 @@ from stage1.validation import Validator
 
 # A checkpoint of another run is refused if one of these differs: going on would mean something else.
 RESUME_KEYS = (
-    *("MODEL.BACKBONE", "DISTILL.NO_RAND", "DISTILL.MSE_REDUCTION", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME"),
-    "SEED",
+    *("MODEL.BACKBONE", "DISTILL.NO_RAND", "DISTILL.MSE_REDUCTION", "DISTILL.PIXEL_WISE", "DISTILL.COSINE"),
+    *("DATA.DATASET", "TRAIN.OPTIMIZER.NAME", "SEED"),
 )
 BEST_METRIC = "val/mse"
 logger = logging.getLogger("sam3.stage1")
@@ -147,6 +148,13 @@ class Stage1Run:
         return optim.lr_scale(config.DATA.BATCH_SIZE, processes, config.TRAIN.ACCUMULATION_STEPS)
 
     def train(self, argv: Sequence[str]) -> int:
+        """Train to the end; the main process keeps other runs out of the output folder meanwhile."""
+        if not self.world.is_main:
+            return self._train(argv)
+        with FileLock(self.output / ".train.lock", f"training in {self.output}"):
+            return self._train(argv)
+
+    def _train(self, argv: Sequence[str]) -> int:
         config = self.config
         path = distributed.broadcast_object(
             checkpoint.resume_path(self.output, config.MODEL.RESUME, config.TRAIN.AUTO_RESUME)
@@ -165,7 +173,7 @@ class Stage1Run:
             wandb_project="EfficientSAM3-Stage1" if config.USE_WANDB else None,
             run_name=f"{config.MODEL.NAME}-{config.TAG}",
             config=to_dict(config),
-            resume_step=checkpoint.position_of(resume).step + 1 if resume else None,
+            resume_step=checkpoint.position_of(resume).step + 1 if resume else 0,
         ) as metrics:
             result = train(
                 self.distiller,

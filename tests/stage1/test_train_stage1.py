@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sam3.engine.checkpoint import newest
+from sam3.engine.locks import FileLock
 from stage1 import save_embedding_stage1, train_stage1
 from tests.samples import write_sa1b
 from tests.stage1.runs import (
@@ -431,3 +432,21 @@ def test_sources_without_val_split_train_without_validation(teacher_file: Path, 
 def test_sync_bn_needs_cuda(exported: Path, sa1b: Path, tmp_path: Path):
     code, text = finish(start(TRAIN, student_arguments(exported, sa1b, tmp_path, "--use-sync-bn"), 2))
     assert code == 1 and "SYNC_BN" in text
+
+
+def test_two_runs_do_not_share_a_folder(exported: Path, sa1b: Path, tmp_path: Path):
+    with FileLock(tmp_path / ".train.lock", "holding the folder for this test"):
+        code, text = finish(start(TRAIN, student_arguments(exported, sa1b, tmp_path)))
+    assert code == 1 and "another process is training in" in text
+
+
+def test_other_loss_weights_do_not_go_on(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"DISTILL.COSINE is 1.0 there and 0.5 here"):
+        train(exported, sa1b, tmp_path / "run", DISTILL__COSINE=0.5)
+
+
+def test_a_start_from_scratch_begins_the_metrics_anew(exported: Path, sa1b: Path, tmp_path: Path):
+    for _ in range(2):
+        assert train(exported, sa1b, tmp_path, TRAIN__EPOCHS=1, TRAIN__AUTO_RESUME=False) == 0
+    assert len(metrics(tmp_path, "train/loss_total")) == 4
