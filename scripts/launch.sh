@@ -60,6 +60,7 @@ for argument in "$@"; do
         print_only=1
     else
         if [ "$argument" = --opts ]; then in_opts=1; fi
+        if [ "$argument" = --only-cpu ]; then DEVICE=cpu; fi
         extras+=("$argument")
     fi
     previous=$argument

@@ -51,6 +51,12 @@ def test_defaults():
     assert command("stage1/scripts/save_image_embeddings.sh") == command(SAVE)
 
 
+def test_only_cpu_needs_no_gpus():
+    words = command(TRAIN, "GPUS=2", "--only-cpu")
+    assert words[3] == "2"
+    assert words[-3:] == ["--device", "cpu", "--only-cpu"]
+
+
 def test_argument_over_environment_over_default():
     words = command(TRAIN, "BATCH_SIZE=3", "OUTPUT=a b", GPUS="2", BATCH_SIZE="5", DATA_PATH="")
     assert words[3] == "2"
