@@ -38,11 +38,11 @@ from torch.utils.data import DataLoader, Dataset
 from sam3.engine.embedding_writer import SYNC_BYTES, EmbeddingWriter
 from sam3.engine.embeddings import EmbeddingReader, RecordLayout, store_meta
 from sam3.engine.files import human_bytes
+from sam3.engine.loader import build_loader
 from sam3.engine.sa1b import list_sa1b
 from sam3.engine.sampler import EpochSampler
 from sam3.transforms import Preprocess
 from stage1.data.dataset import Stage1Dataset
-from stage1.data.loader import build_loader
 
 REQUIRED = {"loader": 6.0, "read": 0.9, "write": 0.9}
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from sam3.engine import cli
 from sam3.engine import config as engine_config
+from sam3.engine import stage_config
 from sam3.engine.losses import MSE_REDUCTIONS
-from sam3.transforms import Preprocess
 from stage1.data.augmentation import Augmentation
 
 FLAGS: dict[str, engine_config.FlagAction] = {
@@ -36,16 +34,12 @@ CHOICES = {
 }
 
 # Keys that act under a condition: (does it hold?, what it is). Elsewhere only their default is accepted.
-CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
+CONDITIONS: stage_config.Conditions = {
+    **stage_config.CONDITIONS,
     "DATA.VAL_FRACTION": (lambda c: c.DATA.DATASET == "folder", "with DATA.DATASET folder"),
     "DISTILL.STORE_DTYPE": (lambda c: c.DISTILL.SAVE_TEACHER_EMBED, "in the export; in training the store states it"),
     "DISTILL.TEACHER_CHECKPOINT": (lambda c: c.DISTILL.TEACHER == "online", "with DISTILL.TEACHER online"),
     "DISTILL.VERIFY_CRC": (lambda c: c.DISTILL.TEACHER == "stored", "with DISTILL.TEACHER stored"),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (lambda c: c.TRAIN.LR_SCHEDULER.NAME == "step", "with LR_SCHEDULER.NAME step"),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": (lambda c: c.TRAIN.LR_SCHEDULER.NAME == "step", "with LR_SCHEDULER.NAME step"),
-    "TRAIN.OPTIMIZER.EPS": (lambda c: c.TRAIN.OPTIMIZER.NAME == "adamw", "with OPTIMIZER.NAME adamw"),
-    "TRAIN.OPTIMIZER.BETAS": (lambda c: c.TRAIN.OPTIMIZER.NAME == "adamw", "with OPTIMIZER.NAME adamw"),
-    "TRAIN.OPTIMIZER.MOMENTUM": (lambda c: c.TRAIN.OPTIMIZER.NAME == "sgd", "with OPTIMIZER.NAME sgd"),
 }
 # Keys and groups of keys that the export does not use.
 TRAINING_ONLY = (
@@ -129,18 +123,12 @@ def stage1_defaults() -> CfgNode:
 
 def make_parser(description: str, flags: Mapping[str, engine_config.FlagAction] = FLAGS) -> argparse.ArgumentParser:
     """A parser with `--cfg`, `--opts` and the flags of a table."""
-    parser = cli.make_parser(description)
-    engine_config.add_config_arguments(parser, flags, stage1_defaults())
-    # torchrun's environment tells the rank; old launchers pass this flag as well
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
+    return stage_config.make_parser(description, flags, stage1_defaults())
 
 
 def load(args: argparse.Namespace, flags: Mapping[str, engine_config.FlagAction] = FLAGS) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
-    given, own = args.local_rank, int(os.environ.get("LOCAL_RANK", "0"))
-    if given not in (None, own):
-        raise ValueError(f"--local-rank is {given}, but LOCAL_RANK in the environment is {own}; start with torchrun")
+    stage_config.check_local_rank(args)
     config = engine_config.load_config(
         stage1_defaults(),
         args.cfg,
@@ -155,53 +143,25 @@ def load(args: argparse.Namespace, flags: Mapping[str, engine_config.FlagAction]
             f"DISTILL.PIXEL_WISE (={config.DISTILL.PIXEL_WISE}) and DISTILL.COSINE (={config.DISTILL.COSINE}) are "
             f"loss weights: none may be negative, and not both 0"
         )
-    img_size, grid = config.DATA.IMG_SIZE, config.DISTILL.EMBED_SIZE
-    if img_size % grid:
-        raise ValueError(
-            f"DATA.IMG_SIZE (={img_size}) must be a multiple of DISTILL.EMBED_SIZE (={grid}); "
-            f"SAM3 takes IMG_SIZE 1008 with EMBED_SIZE 72, 14 pixels a cell"
-        )
+    stage_config.check_numbers(config)
     return config
 
 
 def refuse_idle_keys(config: CfgNode) -> None:
     """ValueError for a key that is set but cannot act in this run, which SAVE_TEACHER_EMBED makes an export."""
-    defaults = stage1_defaults()
-    idle = {key: f"acts only {when}" for key, (holds, when) in CONDITIONS.items() if not holds(config)}
-    if config.DISTILL.SAVE_TEACHER_EMBED:
-        groups = tuple(f"{name}." for name in TRAINING_ONLY)
-        keys = [key for key in engine_config.leaf_keys(defaults) if f"{key}.".startswith(groups)]
-        idle |= dict.fromkeys(keys, "acts in training only")
-    for key, reason in idle.items():
-        value = engine_config.get(config, key)
-        accepted = [engine_config.get(defaults, key)]
-        if config.DISTILL.SAVE_TEACHER_EMBED and key in EXPORT_CONSTANTS:
-            accepted.append(EXPORT_CONSTANTS[key])
-        if value not in accepted:
-            raise ValueError(f"{key} is {value!r}, but it {reason}; leave it out")
-
-
-def build_preprocess(config: CfgNode) -> Preprocess:
-    """The pre-processing that teacher and student share."""
-    return Preprocess(
-        img_size=config.DATA.IMG_SIZE,
-        resize=config.DATA.RESIZE,
-        mean=tuple(config.DATA.MEAN),
-        std=tuple(config.DATA.STD),
+    export = config.DISTILL.SAVE_TEACHER_EMBED
+    stage_config.refuse_idle_keys(
+        config,
+        stage1_defaults(),
+        CONDITIONS,
+        unused=dict.fromkeys(TRAINING_ONLY, "acts in training only") if export else {},
+        constants=EXPORT_CONSTANTS if export else {},
     )
 
 
 def build_augmentation(config: CfgNode) -> Augmentation | None:
     """What teacher and student see of a picture besides its pixels; None with DISTILL.NO_RAND."""
     return None if config.DISTILL.NO_RAND else Augmentation()
-
-
-def output_folder(config: CfgNode) -> Path:
-    """`OUTPUT`, or `OUTPUT/TAG` when a tag other than `default` is given."""
-    if not config.OUTPUT:
-        raise ValueError("no output folder: set OUTPUT in the config file or pass --output")
-    folder = Path(config.OUTPUT)
-    return folder if config.TAG == "default" else folder / config.TAG
 
 
 def embedding_folder(config: CfgNode, output: Path | None = None) -> Path:

@@ -12,9 +12,9 @@ from yacs.config import CfgNode
 
 from sam3.backbones.student import StudentEncoder, build_student
 from sam3.engine.losses import build_valid_mask, masked_cosine, masked_cosine_per_image, masked_mse
+from sam3.engine.stage_config import build_preprocess
 from sam3.model_builder import build_teacher_trunk
 from sam3.transforms import Preprocess
-from stage1.config import build_preprocess
 from stage1.data.dataset import Stage1Batch
 
 

@@ -28,20 +28,20 @@ from sam3.engine.batch import to_device
 from sam3.engine.cli import run_main
 from sam3.engine.config import dump_config
 from sam3.engine.distributed import World
+from sam3.engine.dry_run import repeated, seconds_per_iteration
 from sam3.engine.embedding_verify import verify_store
 from sam3.engine.embedding_writer import EmbeddingWriter, check_free_space
 from sam3.engine.embeddings import EmbeddingReader, list_shards, meta_differences, plan, read_meta, store_meta
 from sam3.engine.environment import write_env
-from sam3.engine.files import free_bytes, human_bytes, sha256, write_text
+from sam3.engine.files import free_bytes, human_bytes, write_text
 from sam3.engine.image_list import ImageList
-from sam3.engine.sampler import EpochSampler
+from sam3.engine.loader import loader_from_config, once_sampler
 from sam3.engine.signals import StoppedBySignal, StopSignals
+from sam3.engine.stage_config import build_preprocess, output_folder, teacher_meta
 from stage1 import config as stage1_config
 from stage1.data.dataset import Stage1Batch, Stage1Dataset
 from stage1.data.listing import list_train_images, list_val_images
-from stage1.data.loader import build_loader
 from stage1.data.sources import store_fields
-from stage1.dry_run import repeated, seconds_per_iteration
 from stage1.model import TeacherEncoder, build_teacher
 
 TIMEOUT = timedelta(days=14)  # the processes meet again only at the end, where the fastest waits for the slowest
@@ -64,32 +64,21 @@ class Export:
 
     def loader(self, images: ImageList, reader: EmbeddingReader | None = None, batch_size: int | None = None):
         """Batches of `images`, each picture once over all processes; pictures that cannot be read are in `skipped`."""
-        data = self.config.DATA
         dataset = Stage1Dataset(
             images,
-            stage1_config.build_preprocess(self.config),
+            build_preprocess(self.config),
             store=reader,
             augmentation=stage1_config.build_augmentation(self.config),
             seed=self.config.SEED,
             skip_bad=True,
         )
-        sampler = EpochSampler(
-            len(images),
-            batch_size or data.BATCH_SIZE,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            shuffle=False,
-            drop_last=False,
-            padding=False,
-        )
-        return build_loader(
-            dataset, sampler, data.NUM_WORKERS, self.world.device, data.PIN_MEMORY, data.PREFETCH_FACTOR
-        )
+        sampler = once_sampler(len(images), batch_size or self.config.DATA.BATCH_SIZE, self.world)
+        return loader_from_config(self.config, dataset, sampler, self.world.device)
 
     def embed(self, teacher: TeacherEncoder, batch: Stage1Batch) -> Tensor:
         """The teacher's float16 grids of a batch, `(B, C, G, G)`."""
         batch = to_device(batch, self.world.device)
-        images = stage1_config.build_preprocess(self.config).normalise(batch.images, batch.sizes)
+        images = build_preprocess(self.config).normalise(batch.images, batch.sizes)
         dtype = amp.resolve_amp_dtype(self.config.AMP_ENABLE, self.config.AMP_DTYPE, self.world.device)
         with amp.autocast(self.world.device, dtype):
             return teacher(images)
@@ -120,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     stage1_config.refuse_idle_keys(config)
     with distributed.start(config.DEVICE, timeout=TIMEOUT) as world:
-        output = stage1_config.output_folder(config)
+        output = output_folder(config)
         log.setup(None if args.dry_run else output, world.rank)
         export = prepare(config, world, output)
         if args.dry_run:
@@ -137,17 +126,11 @@ def prepare(config: CfgNode, world: World, output: Path) -> Export:
     images = list_train_images(config)
     if (val := list_val_images(config)) is not None:
         images = images.joined(val)
-    checkpoint = Path(config.MODEL.RESUME)
-    if not checkpoint.is_file():
-        raise FileNotFoundError(
-            f"no teacher checkpoint {checkpoint}; fetch it with python scripts/download_sam3.py, or set MODEL.RESUME"
-        )
-    digest = distributed.broadcast_object(sha256(checkpoint) if world.is_main else None)
     side = config.DISTILL.EMBED_SIZE
     meta = store_meta(
         (config.DISTILL.EMBED_DIM, side, side),
         config.DISTILL.STORE_DTYPE,
-        teacher={"name": checkpoint.name, "sha256": digest},
+        teacher=teacher_meta(config.MODEL.RESUME, "MODEL.RESUME"),
         **store_fields(config),
     )
     return Export(config, world, output, stage1_config.embedding_folder(config, output), images, meta)

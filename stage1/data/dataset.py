@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from sam3.engine import batch
 from sam3.engine.embeddings import EmbeddingBatch, EmbeddingReader
 from sam3.engine.image_list import ImageList
+from sam3.engine.pictures import empty_images
 from sam3.engine.prefetch import ReusedMemory
 from sam3.transforms import Preprocess, read_image
 from stage1.data.augmentation import Augmentation, seed_of
@@ -48,7 +49,7 @@ class Stage1Batch:
 
 
 class Stage1Dataset(Dataset[Stage1Batch]):
-    """Pictures and, with a `store`, their stored embeddings.
+    """Pictures and, with a `store`, their stored embeddings; a `sam3.engine.loader.PictureDataset`.
 
     augmentation: None shows pictures as they are (`DISTILL.NO_RAND: True`); otherwise it replays the seed that the
     store holds or, without a store, the one that `seed_of(key, seed)` gives.
@@ -72,10 +73,13 @@ class Stage1Dataset(Dataset[Stage1Batch]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Stage1Batch:
-        return self.__getitems__([index])
+        return self.load([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> Stage1Batch:
-        """The batch of pictures `indices`, still without embeddings; the disk is asked for these."""
+    def load(self, indices: Sequence[int], epoch: int = 0) -> Stage1Batch:
+        """The batch of pictures `indices`, still without embeddings; the disk is asked for these.
+
+        Every epoch shows the same: the augmentation follows the stored seed, as the teacher saw the picture.
+        """
         keys = [self.images.key(index) for index in indices]
         if self.store is not None:
             self.store.announce(keys)
@@ -83,22 +87,13 @@ class Stage1Dataset(Dataset[Stage1Batch]):
             seeds = self.store.read_seeds(keys)
         else:
             seeds = torch.tensor([seed_of(key, self.seed) for key in keys], dtype=torch.int64)
-        batch = Stage1Batch(self._empty_images(len(keys)), torch.empty(len(keys), 2, dtype=torch.int64), seeds, keys)
+        images = empty_images(len(keys), self.preprocess.img_size)
+        batch = Stage1Batch(images, torch.empty(len(keys), 2, dtype=torch.int64), seeds, keys)
         good = [row for row, index in enumerate(indices) if self._load(index, row, batch)]
         if len(good) == len(keys):
             return batch
         good_keys = [keys[row] for row in good]
         return Stage1Batch(batch.images[good], batch.sizes[good], seeds[good], good_keys, skipped=batch.skipped)
-
-    def _empty_images(self, count: int) -> Tensor:
-        """Zeros `(count, 3, S, S)`, channels last: the resize is faster so. In a worker, in shared memory."""
-        size = self.preprocess.img_size
-        flat = torch.zeros(0, dtype=torch.uint8)
-        if get_worker_info() is None:
-            flat = torch.zeros(count * size * size * 3, dtype=torch.uint8)
-        else:
-            flat.set_(torch.UntypedStorage._new_shared(count * size * size * 3))  # new shared memory is zero
-        return flat.view(count, size, size, 3).permute(0, 3, 1, 2)
 
     def _load(self, index: int, row: int, into: Stage1Batch) -> bool:
         """Put the picture `index` into row `row`; False if it was skipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from stage1 import train_stage1
 
 ROOT = Path(__file__).parent.parent.parent
 SAVE = "stage1/save_embedding_stage1.py"
@@ -68,6 +71,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def train(exported: Path, data: Path, output: Path, *flags: str, **opts: Any) -> int:
+    """A training in this process: see `student_arguments`."""
+    return train_stage1.main(student_arguments(exported, data, output, *flags, **opts))
+
+
+def metrics(output: Path, name: str) -> list[float]:
+    """What a run recorded under a name, in order."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 def model_of(checkpoint: Path) -> dict[str, torch.Tensor]:

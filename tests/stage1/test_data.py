@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -21,14 +20,13 @@ from PIL import Image
 import stage1
 from sam3.engine.embedding_writer import EmbeddingWriter
 from sam3.engine.embeddings import EmbeddingReader, store_meta
+from sam3.engine.loader import build_loader
 from sam3.engine.losses import build_valid_mask
 from sam3.engine.sa1b import list_sa1b
 from sam3.engine.sampler import EpochSampler
 from sam3.transforms import Preprocess, read_image
-from stage1.data import loader as loader_module
 from stage1.data.augmentation import Augmentation, seed_of
 from stage1.data.dataset import Stage1Dataset
-from stage1.data.loader import build_loader
 from tests.samples import write_record, write_sa1b
 
 SHAPE = (3, 4, 4)
@@ -83,7 +81,7 @@ def test_batch_holds_what_the_parts_give(data):
 
 def test_without_store_seeds_come_from_keys(data):
     _, images, _ = data
-    batch = Stage1Dataset(images, PREPROCESS, seed=11).__getitems__([0, 2])
+    batch = Stage1Dataset(images, PREPROCESS, seed=11).load([0, 2])
     assert batch.embeddings is None
     assert batch.seeds.tolist() == [seed_of("sa_1", 11), seed_of("sa_3", 11)]
     assert len({seed_of(f"sa_{i}") for i in range(1000)}) == 1000
@@ -104,27 +102,6 @@ def test_two_workers_give_what_one_process_gives(data, method):
         batches = list(loader)
         assert all(same(a, b) for a, b in zip(alone[epoch], batches, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_kept_batches_are_not_overwritten(data):
-    _, images, store = data
-    loader = build_loader(Stage1Dataset(images, PREPROCESS, store), sampler(6, batch_size=1), 2)
-    kept = list(loader) + list(loader)
-    for batch in kept:
-        assert torch.equal(batch.embeddings.values()[0], target(batch.keys[0]))
-
-
-def test_epoch_may_be_left_and_entered_in_the_middle(data):
-    _, images, store = data
-    dataset = Stage1Dataset(images, PREPROCESS, store)
-    order = sampler(6, batch_size=1)
-    whole = list(build_loader(dataset, order, 0))
-    loader = build_loader(dataset, order, 2)
-    for batch in loader:
-        assert same(batch, whole[0])
-        break
-    order.set_position(0, 4)
-    assert all(same(a, b) for a, b in zip(whole[4:], loader, strict=True))
 
 
 def test_int8_store_through_workers(data):
@@ -174,7 +151,7 @@ def environment():
 def test_stored_seed_replays_in_another_process(data):
     """The exporter sees a picture under the seed it stores; training, elsewhere, sees the same."""
     root, images, _ = data
-    exported = Stage1Dataset(images, PREPROCESS, None, Augmentation(), seed=3).__getitems__(range(6))
+    exported = Stage1Dataset(images, PREPROCESS, None, Augmentation(), seed=3).load(range(6))
     code = textwrap.dedent(f"""
         import hashlib, sys
         from sam3.engine.embeddings import EmbeddingReader
@@ -184,13 +161,13 @@ def test_stored_seed_replays_in_another_process(data):
         from stage1.data.dataset import Stage1Dataset
         dataset = Stage1Dataset(list_sa1b({str(root)!r}, "train"), Preprocess(img_size=56),
                                 EmbeddingReader({str(root / "store")!r}), Augmentation())
-        batch = dataset.__getitems__(range(6))
+        batch = dataset.load(range(6))
         print(hashlib.sha256(batch.images.contiguous().numpy().tobytes()).hexdigest())
     """)
     here = hashlib.sha256(exported.images.contiguous().numpy().tobytes()).hexdigest()
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert there.stdout.strip() == here
-    plain = Stage1Dataset(images, PREPROCESS).__getitems__(range(6))
+    plain = Stage1Dataset(images, PREPROCESS).load(range(6))
     assert not torch.equal(plain.images, exported.images)
 
 
@@ -203,7 +180,7 @@ def test_pictures_of_all_shapes(tmp_path, resize):
     for number, (rows, columns) in enumerate(shapes):
         write_record(tmp_path, "train", f"sa_{number}", np.full((rows, columns, 3), 100, np.uint8))
     preprocess = Preprocess(img_size=56, resize=resize)
-    batch = Stage1Dataset(list_sa1b(tmp_path, "train"), preprocess).__getitems__(range(len(shapes)))
+    batch = Stage1Dataset(list_sa1b(tmp_path, "train"), preprocess).load(range(len(shapes)))
     for row, (rows, columns) in enumerate(shapes):
         h, w = batch.sizes[row].tolist()
         assert (h, w) == preprocess.fitted_size(rows, columns)
@@ -298,62 +275,9 @@ def test_png_under_a_jpg_name_works(data):
     assert batch.images[0, :, 0, 0].tolist() == [9, 8, 7]
 
 
-# Loader -----------------------------------------------------------------------------------------------------------
-
-
-def test_small_shared_memory_is_announced(data, monkeypatch, caplog):
-    _, images, _ = data
-    usage = loader_module.shutil.disk_usage("/")
-    monkeypatch.setattr(loader_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(loader_module, "SHARED_MEMORY", Path("/"))
-    build_loader(Stage1Dataset(images, PREPROCESS), sampler(6), 2)
-    # 2 workers x 2 ahead x 4 pictures x 56 x 56 x 3 bytes
-    assert "150.53 kB" in caplog.text
-    assert "--shm-size" in caplog.text
-
-
 def test_batches_are_dataclasses_of_tensors(data):
     """Moving them to a device relies on it."""
     _, images, store = data
     batch = next(iter(build_loader(Stage1Dataset(images, PREPROCESS, store), sampler(6), 0)))
     names = {field.name for field in dataclasses.fields(batch)}
     assert names == {"images", "sizes", "seeds", "keys", "embeddings", "skipped"}
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs POSIX signals")
-def test_workers_outlive_signals_to_the_group_and_obey_the_parent(data):
-    """torchrun sends SIGTERM to all processes of a rank; the main one still gets its batches, saves, and ends them."""
-    root, _, _ = data
-    code = textwrap.dedent(f"""
-        import os, signal, time
-        from sam3.engine.sa1b import list_sa1b
-        from sam3.engine.sampler import EpochSampler
-        from sam3.transforms import Preprocess
-        from stage1.data.dataset import Stage1Dataset
-        from stage1.data.loader import build_loader
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda *args: None)
-        sampler = EpochSampler(6, 1, drop_last=False)
-        loader = build_loader(Stage1Dataset(list_sa1b({str(root)!r}, "train"), Preprocess(img_size=56)), sampler, 2)
-        batches = iter(loader)
-        next(batches)
-        worker = loader.pictures._iterator._workers[0]
-        print("ready", flush=True)
-        input()
-        print(sum(1 for _ in batches), sum(1 for _ in loader))
-        worker.terminate()
-        worker.join(20)
-        print("ended", worker.exitcode)
-    """)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment(),
-        start_new_session=True,
-    ) as run:  # fmt: skip
-        assert run.stdout.readline() == "ready\n"
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.killpg(run.pid, number)
-        time.sleep(0.5)
-        out, err = run.communicate("go on\n", timeout=120)
-    assert out.split() == ["5", "6", "ended", "0"], err
-    assert "Traceback" not in err

@@ -52,10 +52,10 @@ def test_evaluation_sees_the_gain_over_the_untrained_student(
     assert evaluate_student.main(arguments) == 0
     assert "student, untrained" in capsys.readouterr().out
     teacher, before, after = json.loads((tmp_path / "evaluation.json").read_text())["models"]
-    assert teacher["cosine"] == 1 and teacher["mask_iou"] == 1
+    assert teacher["cosine"] == 1 and teacher["box_iou"] == 1 and teacher["point_iou"] == 1
     assert abs(before["cosine"]) < 0.2
     assert after["cosine"] > before["cosine"] + 0.3
-    assert after["mask_iou"] > before["mask_iou"]
+    assert after["box_iou"] > before["box_iou"]
     assert Image.open(tmp_path / "evaluation.png").size == (4 * 320, Image.open(tmp_path / "evaluation.png").height)
 
 
@@ -63,7 +63,7 @@ def test_evaluation_of_the_teacher_against_itself_is_perfect(teacher_file: Path,
     arguments = ["--teacher", str(teacher_file), "--data-path", str(sa1b), "--output", str(tmp_path), "--device", "cpu"]
     assert evaluate_student.main([*arguments, "--students", str(teacher_file)]) == 0
     _, itself = json.loads((tmp_path / "evaluation.json").read_text())["models"]
-    assert itself["cosine"] == pytest.approx(1, abs=1e-5) and itself["mask_iou"] == 1
+    assert itself["cosine"] == pytest.approx(1, abs=1e-5) and itself["box_iou"] == 1
     with pytest.raises(ValueError, match="holds no student"):
         evaluate_student.main([*arguments, "--students", str(teacher_file), "--untrained"])
     with pytest.raises(ValueError, match="evaluate them one at a time"):

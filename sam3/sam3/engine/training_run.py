@@ -1,0 +1,260 @@
+"""One run of a training stage: train, evaluate once, time steps, or show the plan.
+
+A stage builds its data and its model and describes them in a `TrainingRun`; the program around it is `run_stage`:
+
+    def main(argv=None):
+        return run_stage(argv, config.make_parser(__doc__), config.load, build_run)
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from sam3.engine import amp, checkpoint, distributed, log, optim
+from sam3.engine.batch import to_device
+from sam3.engine.config import dump_config, to_dict
+from sam3.engine.distributed import World
+from sam3.engine.dry_run import repeated, seconds_per_iteration
+from sam3.engine.environment import write_env
+from sam3.engine.files import free_bytes, human_bytes, require_free_space
+from sam3.engine.loader import PictureLoader
+from sam3.engine.locks import FileLock
+from sam3.engine.loop import LoopSettings, Validate, train
+from sam3.engine.rng import seed_everything
+from sam3.engine.sampler import EpochSampler
+from sam3.engine.stage_config import output_folder
+
+logger = logging.getLogger("sam3.run")
+
+
+def run_stage(
+    argv: Sequence[str] | None,
+    parser: argparse.ArgumentParser,
+    load_config: Callable[[argparse.Namespace], CfgNode],
+    build: Callable[[CfgNode, World, Path], TrainingRun],
+) -> int:
+    """The main program of a stage: arguments -> config -> processes, log and seed -> run. Returns the exit code.
+
+    load_config: parsed arguments -> checked config. build(config, world, output): data and model of the run.
+    """
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    args = parser.parse_args(argv)
+    config = load_config(args)
+    with distributed.start(config.DEVICE) as world:
+        output = output_folder(config)
+        log.setup(None if args.dry_run else output, world.rank)
+        seed_everything(config.SEED + world.rank, config.DETERMINISTIC)
+        run = build(config, world, output)
+        if config.THROUGHPUT_MODE:
+            return run.throughput()
+        if args.dry_run:
+            return run.dry_run()
+        if config.EVAL_MODE:
+            return run.evaluate()
+        return run.train(sys.argv[1:] if argv is None else argv)
+
+
+def place(distiller: nn.Module, student: nn.Module, config: CfgNode, device: torch.device) -> nn.Module:
+    """The distiller on `device` as the TRAIN keys want it; `student` is the part that TRAIN.COMPILE compiles."""
+    distiller = distiller.to(device)
+    if config.TRAIN.CHANNELS_LAST:
+        distiller = distiller.to(memory_format=torch.channels_last)
+    if config.TRAIN.USE_SYNC_BN:
+        distiller = distributed.sync_batchnorm(distiller, device)
+    if config.TRAIN.COMPILE:
+        student.compile()
+    return distiller
+
+
+@dataclass
+class TrainingRun:
+    """What a stage says about a run, and what can be done with it.
+
+    distiller: on `world.device`; `forward(batch)` gives losses, `total` among them. saved: the part of it that is
+    trained and that checkpoints hold. make_loader(): batches of the train pictures, those of `sampler`.
+    make_validator(metrics): the callable that the loop calls after each epoch; None without a val split. best_metric,
+    best_mode: which of its results ckpt_best.pth follows ("": none), and whether `min` or `max` is best.
+    load_weights(path): puts the weights of a file into the student, for EVAL_MODE.
+    meta: what checkpoints state; one with another meta, or another value of a config key among `resume_keys`, is not
+    resumed. lines: the stage's part of the plan, name -> text. project: name at wandb. config_name: file that the
+    config is written to, `.json` or `.yaml`.
+    """
+
+    config: CfgNode
+    world: World
+    output: Path
+    distiller: nn.Module
+    saved: nn.Module
+    sampler: EpochSampler
+    make_loader: Callable[[], PictureLoader]
+    make_validator: Callable[[log.MetricLog], Validate] | None
+    load_weights: Callable[[Path], object]
+    meta: Mapping[str, Any]
+    resume_keys: Sequence[str]
+    lines: Mapping[str, str]
+    project: str
+    best_metric: str = ""
+    best_mode: str = "min"
+    config_name: str = "config.json"
+
+    def __post_init__(self) -> None:
+        best = self.best_metric if self.make_validator else ""
+        self.settings = LoopSettings.from_config(
+            self.config, self.world.device, best_metric=best, best_mode=self.best_mode
+        )
+        self.steps_per_epoch = self.settings.steps_in(self.sampler.batches_per_epoch())
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def train(self, argv: Sequence[str]) -> int:
+        """Train to the end; the main process keeps other runs out of the output folder meanwhile."""
+        if not self.world.is_main:
+            return self._train(argv)
+        with FileLock(self.output / ".train.lock", f"training in {self.output}"):
+            return self._train(argv)
+
+    def _train(self, argv: Sequence[str]) -> int:
+        config = self.config
+        resume = self._find_resume()
+        if self.world.is_main:  # only now: a refused run leaves the files of the one whose folder this is
+            dump_config(config, self.output / self.config_name)
+            write_env(self.output / "env.json", argv)
+        self._describe()
+        with log.MetricLog(
+            self.output,
+            enabled=self.world.is_main,
+            tensorboard=config.TENSORBOARD,
+            wandb_project=self.project if config.USE_WANDB else None,
+            run_name=f"{config.MODEL.NAME}-{config.TAG}",
+            config=to_dict(config),
+            resume_step=checkpoint.position_of(resume).step + 1 if resume else 0,
+        ) as metrics:
+            result = train(
+                self.distiller,
+                self.make_loader(),
+                self.sampler,
+                optim.optimizer_from_config(config, self.distiller),
+                optim.schedule_from_config(config, self.steps_per_epoch, self._lr_scale()),
+                self.settings,
+                world=self.world,
+                output=self.output,
+                saved=self.saved,
+                config=to_dict(config),
+                meta=self.meta,
+                validate=self.make_validator(metrics) if self.make_validator else None,
+                metrics=metrics,
+                resume=resume,
+            )
+        logger.info(f"finished {result.position.epoch} epochs, {result.position.step} steps; see {self.output}")
+        return 0
+
+    def _find_resume(self) -> Mapping[str, Any] | None:
+        """The checkpoint to go on from, if there is one; ValueError if it is another run's."""
+        config, path = self.config, None
+        if self.world.is_main:
+            path = checkpoint.resume_path(self.output, config.MODEL.RESUME, config.TRAIN.AUTO_RESUME)
+        path = distributed.broadcast_object(path)
+        if path is None:
+            return None
+        resume = checkpoint.load(path)
+        checkpoint.check_fits(resume, path, meta=self.meta, config=to_dict(config), config_keys=self.resume_keys)
+        return resume
+
+    def _lr_scale(self) -> float:
+        config = self.config
+        if not config.TRAIN.SCALE_LR:
+            return 1.0
+        processes = distributed.planned_world_size()
+        return optim.lr_scale(config.DATA.BATCH_SIZE, processes, config.TRAIN.ACCUMULATION_STEPS)
+
+    # Other things to do -----------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> int:
+        """Validate the weights of MODEL.RESUME or MODEL.PRETRAINED, or the newest in OUTPUT, once."""
+        if self.make_validator is None:
+            raise ValueError(f"there is no val split in {self.config.DATA.DATA_PATH} to evaluate on")
+        named = self.config.MODEL.RESUME or self.config.MODEL.PRETRAINED
+        path = Path(named) if named not in ("", "auto") else checkpoint.newest(self.output)
+        if path is None:
+            raise ValueError(f"no checkpoint in {self.output} to evaluate; pass one with --resume or --pretrained")
+        self.load_weights(path)
+        self.distiller.eval()
+        values = self.make_validator(log.MetricLog(None))(0, 0)
+        logger.info(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+        return 0
+
+    def throughput(self) -> int:
+        """Time training steps on the first batch, without loading more and without saving anything."""
+        batch = next(repeated(self.make_loader()), None)
+        if batch is None:
+            raise ValueError(f"no picture in {self.config.DATA.DATA_PATH} can be read")
+        seconds = seconds_per_iteration(repeated([batch]), self._trial_step, self.world.device)
+        rate = self.world.size * len(batch) / seconds
+        logger.info(
+            f"{rate:.4g} images/s: {1000 * seconds:.1f} ms for {len(batch)} images on {self.world.size} processes"
+        )
+        return 0
+
+    def dry_run(self) -> int:
+        """Print the plan: pictures, steps, learning rate, disk, and the time from a few timed steps."""
+        train = self.config.TRAIN
+        self._describe()
+        count, size = self._checkpoints()
+        missing = max(0, count - len(checkpoint.listed(self.output)))
+        require_free_space(self.output, missing * size, f"an output of {count} checkpoints")
+        seconds = seconds_per_iteration(repeated(self.make_loader()), self._trial_step, self.world.device)
+        steps = self.steps_per_epoch * train.EPOCHS
+        if train.MAX_STEPS:
+            steps = min(steps, train.MAX_STEPS)
+        total = seconds * steps * train.ACCUMULATION_STEPS
+        logger.info(_line("time", f"{log.duration(total)}, {1000 * seconds:.0f} ms a batch"))
+        return 0
+
+    def _trial_step(self, batch: Any) -> None:
+        """Forward and backward of one batch; no weight changes."""
+        self.distiller.train()
+        with amp.autocast(self.world.device, self.settings.amp_dtype):
+            losses = self.distiller(to_device(batch, self.world.device))
+        losses["total"].backward()
+        self.distiller.zero_grad(set_to_none=True)
+
+    # The plan ---------------------------------------------------------------------------------------------------------
+
+    def _checkpoints(self) -> tuple[int, int]:
+        """How many the run keeps, and about how many bytes each takes: weights and two moments of each."""
+        kept = self.config.KEEP_LAST or -(-self.config.TRAIN.EPOCHS // self.config.SAVE_FREQ)
+        return kept, 3 * 4 * sum(p.numel() for p in self.saved.parameters())
+
+    def _describe(self) -> None:
+        config, processes = self.config, distributed.planned_world_size()
+        trained = sum(p.numel() for p in self.saved.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in self.saved.parameters() if not p.requires_grad)
+        effective = config.DATA.BATCH_SIZE * processes * config.TRAIN.ACCUMULATION_STEPS
+        kept, checkpoint_bytes = self._checkpoints()
+        plan = {
+            "student": f"{config.MODEL.NAME} ({config.MODEL.BACKBONE}), {trained:,} parameters trained, {frozen:,} "
+            f"frozen",
+            **self.lines,
+            "steps": f"{self.steps_per_epoch} an epoch, {config.TRAIN.EPOCHS} epochs, effective batch {effective} = "
+            f"{config.DATA.BATCH_SIZE} x {processes} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated",
+            "rate": f"{config.TRAIN.BASE_LR * self._lr_scale():.3g} at its highest, {config.TRAIN.LR_SCHEDULER.NAME}",
+            "output": f"{self.output}: about {human_bytes(checkpoint_bytes * kept)} for {kept} checkpoints, "
+            f"{human_bytes(free_bytes(self.output))} free",
+            "device": f"{self.world.device}, autocast {self.settings.amp_dtype or 'off'}",
+        }
+        for name, text in plan.items():
+            logger.info(_line(name, text))
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<12} {text}"
