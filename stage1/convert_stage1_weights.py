@@ -15,16 +15,26 @@ import argparse
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from sam3.backbones.student import describe, recognise_student
+from sam3.backbones.student import describe
 from sam3.engine.cli import make_parser, run_main
-from sam3.engine.files import free_bytes, human_bytes, require_free_space, sha256
-from sam3.engine.merge import LANGUAGE, STUDENT_TRUNK, TRUNK, VISION, MergePlan, check_merge, plan_merge, write_merge
-from sam3.engine.weights import WeightFile, load_weights, normalise_sam3_keys
-from sam3.model_builder import build_efficientsam3_image_model
+from sam3.engine.files import free_bytes, human_bytes, sha256
+from sam3.engine.merge import (
+    STUDENT_TRUNK,
+    TRUNK,
+    MergePlan,
+    check_merge,
+    check_output,
+    check_teacher,
+    merged_meta,
+    plan_merge,
+    require_space,
+    write_merge,
+)
+from sam3.engine.weights import WeightFile, load_weights, normalise_sam3_keys, num_bytes
+from sam3.merged_model import identify_student, load_into_model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,24 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Raises FileNotFoundError, ValueError (files that do not fit each other) and OSError (disk)."""
     args = parse_args(argv)
     output = args.output or args.student_ckpt.with_name(f"{args.student_ckpt.stem}_sam3.pth")
-    for source in (args.student_ckpt, args.sam3_ckpt):
-        if output.exists() and source.exists() and output.samefile(source):
-            raise ValueError(f"--output {output} is one of the inputs; choose another name")
+    check_output(output, (args.student_ckpt, args.sam3_ckpt))
     student = load_weights(args.student_ckpt)
     sam3 = load_weights(args.sam3_ckpt)
     sam3.tensors = normalise_sam3_keys(sam3.tensors, sam3.path)
     plan = plan_merge(student, sam3, args.target_prefix, [args.replace_prefix], args.skip_teacher_prefix)
-    backbone, embed_dim = recognise_student(plan.tensors, plan.target_prefix)
+    backbone, embed_dim = identify_student(student, plan.tensors, plan.target_prefix)
     print_plan(plan, sam3, backbone, output)
-    check_backbone(student, backbone)
     check_merge(plan)
-    check_teacher(student, args.sam3_ckpt, args.allow_other_teacher)
-    require_free_space(output.parent, num_bytes(plan.tensors), f"writing {output.name}")
+    teacher_hash = functools.partial(sha256, args.sam3_ckpt)
+    notes = check_teacher(student, args.sam3_ckpt, teacher_hash, allow_other=args.allow_other_teacher)
+    for note in notes:
+        print(note)
+    require_space(output, plan)
     if args.dry_run:
         print(f"Dry run: nothing written; {human_bytes(free_bytes(output.parent))} are free in {output.parent}")
         return 0
     meta = merged_meta(student, sam3) | {"backbone": backbone, "embed_dim": embed_dim}
-    proof = write_merge(output, plan, meta, functools.partial(load_into_model, plan))
+    proof = write_merge(output, plan, meta, functools.partial(load_into_model, plan.tensors))
     print(f"Student parameters copied: {plan.copied} -> prefix '{plan.target_prefix}'")
     print(f"Teacher params skipped={plan.skipped}, replaced={plan.replaced}, appended={plan.appended}")
     print(f"Combined checkpoint saved to: {output}")
@@ -84,56 +94,6 @@ def print_plan(plan: MergePlan, sam3: WeightFile, backbone: str, output: Path) -
     print(f"SAM3:    {sam3.path} ({_amount(sam3.tensors)})")
     print(f"Removed: {', '.join(plan.replace_prefixes)} ({_amount(removed)})")
     print(f"Output:  {output} ({_amount(plan.tensors)})")
-
-
-def check_backbone(student: WeightFile, backbone: str) -> None:
-    stated = student.meta.get("backbone", backbone)
-    if stated != backbone:
-        raise ValueError(
-            f"{student.path} says that it is a '{stated}', but its weights are those of {describe(backbone)}; "
-            "take the checkpoint as training wrote it"
-        )
-
-
-def check_teacher(student: WeightFile, sam3_path: Path, allow_other: bool) -> None:
-    """The heads of another SAM3 file would read embeddings they were not trained on."""
-    wanted = student.meta.get("teacher", {}).get("sha256")
-    if wanted is None:
-        print(f"Note: {student.path} does not say which SAM3 file it was trained from, so that is not checked")
-        return
-    found = sha256(sam3_path)
-    if found == wanted:
-        return
-    difference = f"{student.path} was trained from the SAM3 file with SHA-256 {wanted}, {sam3_path} has {found}"
-    if not allow_other:
-        raise ValueError(f"{difference}; give that file as --sam3-ckpt or add --allow-other-teacher")
-    print(f"Warning: {difference}")
-
-
-def merged_meta(student: WeightFile, sam3: WeightFile) -> dict[str, Any]:
-    """The student's meta (backbone, embedding size, pre-processing, teacher) over SAM3's, and where it came from."""
-    origin = {"file": student.path.name}
-    origin.update({key: student.payload[key] for key in ("epoch", "step") if key in student.payload})
-    return {**sam3.meta, **student.meta, "student": origin}
-
-
-def load_into_model(plan: MergePlan, path: Path) -> None:
-    """Build the model as users will; the builder loads the file strictly and raises ValueError if it cannot."""
-
-    def has(prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in plan.tensors)
-
-    build_efficientsam3_image_model(
-        checkpoint_path=path,
-        device="cpu",
-        enable_text_encoder=has(f"{LANGUAGE}."),
-        enable_segmentation=has("detector.segmentation_head."),
-        with_sam2_neck=has(f"{VISION}.sam2_convs."),
-    )
-
-
-def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _amount(tensors: Mapping[str, Tensor]) -> str:

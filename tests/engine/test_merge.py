@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from sam3.engine import merge
-from sam3.engine.merge import LANGUAGE, STUDENT_TRUNK, TRUNK, check_merge, plan_merge, prove_merge, write_merge
+from sam3.engine.merge import (
+    LANGUAGE,
+    STUDENT_TRUNK,
+    TRUNK,
+    check_merge,
+    check_teacher,
+    merged_meta,
+    plan_merge,
+    plan_update,
+    prove_merge,
+    stated_teacher,
+    write_merge,
+)
 from sam3.engine.weights import WeightFile, load_weights, same_bytes, save_weights
 from tests.manifests import manifest_tensors
 
@@ -155,6 +167,82 @@ def test_nan_in_the_student_is_refused(sam3, student):
         check_merge(stage1_plan(student, sam3))
 
 
+@pytest.fixture
+def merged(sam3, student):
+    return WeightFile(stage1_plan(student, sam3).tensors, {"teacher": {"sha256": "a"}}, Path("merged.pt"))
+
+
+def test_update_keeps_order_types_and_all_other_tensors(merged, student):
+    head = f"{STUDENT_TRUNK}.head.3.bias"
+    base = WeightFile(dict(reversed(merged.tensors.items())), path=merged.path)
+    base.tensors[head] = base.tensors[head].to(torch.bfloat16)
+    new = WeightFile({key: tensor + 1 for key, tensor in student.tensors.items()}, path=student.path)
+    plan = plan_update(new, base, f"{STUDENT_TRUNK}.")
+    check_merge(plan)
+    assert (plan.copied, plan.replaced, plan.skipped, plan.appended) == (653, 653, 0, 1045)
+    assert plan.student_keys[0] == f"{STUDENT_TRUNK}.backbone.model.features.0.0.c.weight"
+    assert list(plan.tensors) == list(base.tensors)
+    for key, tensor in plan.tensors.items():
+        if key == head:
+            assert same_bytes(tensor, new.tensors["head.3.bias"].to(torch.bfloat16))
+        elif key in plan.student_keys:
+            assert tensor is new.tensors[key.removeprefix(f"{STUDENT_TRUNK}.")]
+        else:
+            assert tensor is base.tensors[key]
+
+
+def test_update_names_every_misfit_at_once(merged, student):
+    del student.tensors["head.3.bias"]
+    student.tensors |= {"head.9": torch.ones(1), "head.1.weight": torch.ones(4, 1), "head.1.bias": torch.ones(4) + 1j}
+    with pytest.raises(ValueError) as error:
+        plan_update(student, merged, STUDENT_TRUNK)
+    text = str(error.value)
+    assert text.startswith(f"student.pth does not fit merged.pt: 1 not in merged.pt: {STUDENT_TRUNK}.head.9; ")
+    assert f"1 not in student.pth: {STUDENT_TRUNK}.head.3.bias" in text
+    assert f"1 of another shape: {STUDENT_TRUNK}.head.1.weight (4, 1) instead of (4,)" in text
+    assert f"1 of another type: {STUDENT_TRUNK}.head.1.bias torch.complex64 instead of torch.float32" in text
+
+
+def test_update_refuses_what_the_place_cannot_hold(merged, student):
+    merged.tensors[f"{STUDENT_TRUNK}.head.3.bias"] = torch.zeros(4, dtype=torch.float16)
+    student.tensors["head.3.bias"] = torch.tensor([0.0, 65520, 0, 0])  # float16 ends at 65504
+    with pytest.raises(ValueError, match=r"head.3.bias has values that torch.float16 cannot hold"):
+        plan_update(student, merged, STUDENT_TRUNK)
+
+
+def test_teachers(merged, student):
+    def never() -> str:
+        raise AssertionError("hashing a file for nothing")
+
+    def teacher() -> str | None:
+        return stated_teacher(merged)
+
+    assert stated_teacher(student) is None
+    assert check_teacher(student, merged.path, never, allow_other=False) == [
+        "Note: student.pth does not say which SAM3 file it was trained from, so that is not checked"
+    ]
+    student.meta["teacher"] = {"sha256": "a"}
+    assert check_teacher(student, merged.path, teacher, allow_other=False) == []
+    student.meta["teacher"] = {"sha256": "b"}
+    with pytest.raises(ValueError, match=r"student.pth was trained .* SHA-256 b, merged.pt has a; .* --allow-other"):
+        check_teacher(student, merged.path, teacher, allow_other=False)
+    assert check_teacher(student, merged.path, teacher, allow_other=True)[0].startswith("Warning: student.pth was")
+    merged.meta["teacher"] = "sam3.pt"  # no dict
+    assert check_teacher(student, merged.path, teacher, allow_other=False)[0].startswith("Note: merged.pt does not")
+
+
+def test_merged_meta(merged, student):
+    student.meta = {"backbone": "repvit_m1_1", "teacher": {"sha256": "b"}}
+    student.payload = {"epoch": 3, "optimizer": {}}
+    merged.meta["license"] = "SAM"
+    assert merged_meta(student, merged) == {
+        "license": "SAM",
+        "backbone": "repvit_m1_1",
+        "teacher": {"sha256": "b"},
+        "student": {"file": "student.pth", "epoch": 3},
+    }
+
+
 def test_prove_merge_names_every_difference(tmp_path, sam3, student):
     plan = stage1_plan(student, sam3)
     tampered = dict(plan.tensors)
@@ -184,7 +272,7 @@ def test_nothing_appears_when_the_proof_or_the_model_fails(tmp_path, sam3, stude
     with pytest.raises(ValueError, match="does not load"):
         write_merge(output, plan, {}, verify=refuse)
     lossy = {key: tensor for key, tensor in plan.tensors.items() if "head.3" not in key}
-    monkeypatch.setattr(merge, "save_weights", lambda path, tensors, meta: save_weights(path, lossy, meta))
+    monkeypatch.setattr(merge, "save_weights", lambda path, tensors, meta, **kw: save_weights(path, lossy, meta))
     with pytest.raises(ValueError, match="2 missing"):
         write_merge(output, plan, {})
     assert output.read_bytes() == b"older"

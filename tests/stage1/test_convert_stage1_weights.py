@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sam3 import merged_model
 from sam3.engine import files
 from sam3.engine.files import sha256
 from sam3.engine.merge import LANGUAGE, STUDENT_TRUNK, TRUNK, VISION
@@ -24,9 +25,9 @@ PREPROCESS = {"img_size": 1008, "resize": "pad", "mean": [127.5] * 3, "std": [12
 @pytest.fixture
 def built(monkeypatch):
     """Stands in for the real model and students, which the shrunken tensors do not fit; lists the calls."""
-    monkeypatch.setattr(convert_stage1_weights, "recognise_student", lambda tensors, prefix: ("repvit_m1_1", 4))
+    monkeypatch.setattr(merged_model, "recognise_student", lambda tensors, prefix: ("repvit_m1_1", 4))
     calls = []
-    monkeypatch.setattr(convert_stage1_weights, "build_efficientsam3_image_model", lambda **kw: calls.append(kw))
+    monkeypatch.setattr(merged_model, "build_efficientsam3_image_model", lambda **kw: calls.append(kw))
     return calls
 
 
@@ -180,11 +181,11 @@ def test_an_older_output_stays_until_the_new_one_is_proven(inputs, built, monkey
     def refuse(**kw):
         raise ValueError("1 missing: detector.x")
 
-    monkeypatch.setattr(convert_stage1_weights, "build_efficientsam3_image_model", refuse)
+    monkeypatch.setattr(merged_model, "build_efficientsam3_image_model", refuse)
     with pytest.raises(ValueError, match="1 missing"):
         convert(inputs)
     assert (inputs / "merged.pt").read_bytes() == b"older"
-    monkeypatch.setattr(convert_stage1_weights, "build_efficientsam3_image_model", lambda **kw: None)
+    monkeypatch.setattr(merged_model, "build_efficientsam3_image_model", lambda **kw: None)
     convert(inputs)
     assert len(load_weights(inputs / "merged.pt").tensors) == 1698
     assert sorted(p.name for p in inputs.iterdir()) == ["ckpt_epoch_29.pth", "merged.pt", "sam3.pt"]

@@ -1,4 +1,4 @@
-"""Put a student's tensors into a SAM3 checkpoint: plan, check, write, prove.
+"""Put a student's tensors into a SAM3 checkpoint or a merged model: plan, check, write, prove.
 
 A plan only refers to the tensors of two (memory-mapped) weight files, so it costs no RAM. Nothing appears at the output
 path before the written file was opened again and found equal to the plan, bit for bit.
@@ -14,8 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3.engine.files import fsync
-from sam3.engine.weights import WeightFile, list_names, load_weights, same_bytes, save_weights, strip_prefix
+from sam3.engine.files import fsync, require_free_space
+from sam3.engine.weights import (
+    WeightFile,
+    list_names,
+    load_weights,
+    num_bytes,
+    same_bytes,
+    save_weights,
+    strip_prefix,
+)
 
 VISION = "detector.backbone.vision_backbone"
 TRUNK = f"{VISION}.trunk"
@@ -46,7 +54,7 @@ NECK_INPUTS = {
 
 @dataclass(frozen=True)
 class MergePlan:
-    """`tensors` is the merged state dict, the student's keys first, then those appended from the base."""
+    """`tensors` is the merged state dict in the order of the file to be written."""
 
     tensors: dict[str, Tensor]
     student_path: Path
@@ -94,14 +102,15 @@ def plan_merge(
     strip: Sequence[str] = STUDENT_PREFIXES,
 ) -> MergePlan:
     """Student keys go below `target_prefix`; base keys below `replace_prefixes` make room; `skip_prefixes` stay out.
+    In the merged file the student's keys come first.
 
     A prefix is a module's path (a dot at either end does not matter) or a whole key. Before that, each prefix of
     `strip` that all student keys share is taken off. Only names are looked at: `check_merge` does the rest.
     """
-    target = target_prefix.strip(".") + "." if target_prefix.strip(".") else ""
+    target = dotted(target_prefix)
     replace = tuple(prefix.strip(".") for prefix in replace_prefixes)
     skip = tuple(prefix.strip(".") for prefix in skip_prefixes)
-    merged = {target + key: tensor for key, tensor in _strip_wrappers(student.tensors, strip).items()}
+    merged = {target + key: tensor for key, tensor in strip_wrappers(student.tensors, strip).items()}
     student_keys = tuple(merged)
     replaced, skipped, appended, collisions = [], [], [], []
     for key, tensor in base.tensors.items():
@@ -128,6 +137,57 @@ def plan_merge(
     )
 
 
+def plan_update(student: WeightFile, base: WeightFile, target_prefix: str) -> MergePlan:
+    """Give the base's tensors below `target_prefix` the student's values, in the base's order and types.
+
+    The base's keys below the prefix must be exactly the student's, with the same shapes.
+    Raises ValueError naming each key that is missing on either side, has another shape or cannot be cast.
+    """
+    target = dotted(target_prefix)
+    new = {target + key: tensor for key, tensor in student.tensors.items()}
+    old = {key: tensor for key, tensor in base.tensors.items() if key.startswith(target)}
+    shared = {key: (tensor, old[key]) for key, tensor in new.items() if key in old}
+    faults = {
+        f"not in {base.path}": [key for key in new if key not in old],
+        f"not in {student.path}": [key for key in old if key not in new],
+        "of another shape": [
+            f"{key} {tuple(tensor.shape)} instead of {tuple(place.shape)}"
+            for key, (tensor, place) in shared.items()
+            if tensor.shape != place.shape
+        ],
+        "of another type": [
+            f"{key} {tensor.dtype} instead of {place.dtype}"
+            for key, (tensor, place) in shared.items()
+            if not torch.can_cast(tensor.dtype, place.dtype)
+        ],
+    }
+    found = [f"{len(keys)} {kind}: {list_names(keys)}" for kind, keys in faults.items() if keys]
+    if found:
+        raise ValueError(
+            f"{student.path} does not fit {base.path}: {'; '.join(found)}; give the model that the student came from"
+        )
+    merged = {key: _cast(new[key], tensor, key) if key in new else tensor for key, tensor in base.tensors.items()}
+    return MergePlan(
+        tensors=merged,
+        student_path=student.path,
+        base_path=base.path,
+        target_prefix=target,
+        replace_prefixes=(target.rstrip("."),),
+        student_keys=tuple(new),
+        replaced_keys=tuple(new),
+        skipped_keys=(),
+        appended_keys=tuple(key for key in merged if key not in new),
+        collisions=(),
+    )
+
+
+def _cast(tensor: Tensor, place: Tensor, key: str) -> Tensor:
+    cast = tensor.to(place.dtype)
+    if cast is not tensor and _is_finite(tensor) and not _is_finite(cast):
+        raise ValueError(f"{key} has values that {place.dtype} cannot hold; give a pretrained file in float32")
+    return cast
+
+
 def check_merge(plan: MergePlan) -> None:
     """Raise ValueError if the plan would give a file that no model can use or that still carries the teacher's part."""
     where = f"merging {plan.student_path} into {plan.base_path}"
@@ -136,7 +196,7 @@ def check_merge(plan: MergePlan) -> None:
     if not plan.replaced_keys:
         raise ValueError(
             f"{where}: no key of the base is below the replace prefix '{list_names(plan.replace_prefixes)}', so "
-            f"nothing would be replaced; the base has keys below {list_names(_modules(plan.appended_keys))}"
+            f"nothing would be replaced; the base has keys below {list_names(list_modules(plan.appended_keys))}"
         )
     for module in EXCLUSIVE_MODULES:
         left = [key for key in plan.appended_keys if _below_any(key, (module,))]
@@ -182,17 +242,70 @@ def _check_neck(plan: MergePlan, where: str) -> None:
                 )
 
 
+def stated_teacher(weights: WeightFile) -> str | None:
+    """SHA-256 of the SAM3 file that a student was trained from, None if the file with its weights does not say."""
+    teacher = weights.meta.get("teacher")
+    return teacher.get("sha256") if isinstance(teacher, Mapping) else None
+
+
+def check_teacher(
+    student: WeightFile, base_path: Path, base_teacher: Callable[[], str | None], *, allow_other: bool
+) -> list[str]:
+    """What to tell the user about the teachers; nothing if the base has the parts of the one the student knows.
+
+    base_teacher: gives the SHA-256 of the SAM3 file in the base, or None; called only where there is one to compare.
+    Raises ValueError for another one unless `allow_other`: its heads would read embeddings they were not trained on.
+    """
+    wanted = stated_teacher(student)
+    found = base_teacher() if wanted else None
+    if not (wanted and found):
+        silent = base_path if wanted else student.path
+        return [f"Note: {silent} does not say which SAM3 file it was trained from, so that is not checked"]
+    if found == wanted:
+        return []
+    difference = f"{student.path} was trained from the SAM3 file with SHA-256 {wanted}, {base_path} has {found}"
+    if not allow_other:
+        raise ValueError(f"{difference}; give a file of that teacher or add --allow-other-teacher")
+    return [f"Warning: {difference}"]
+
+
+def merged_meta(student: WeightFile, base: WeightFile) -> dict[str, Any]:
+    """The student's meta (backbone, embedding size, pre-processing, teacher) over the base's, and its origin."""
+    origin = {"file": student.path.name}
+    origin.update({key: student.payload[key] for key in ("epoch", "step") if key in student.payload})
+    return {**base.meta, **student.meta, "student": origin}
+
+
+def check_output(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError if the output is one of the inputs, which are mapped while it is written."""
+    for source in inputs:
+        if output.exists() and source.exists() and output.samefile(source):
+            raise ValueError(f"--output {output} is one of the inputs; choose another name")
+
+
+def require_space(output: Path, plan: MergePlan) -> None:
+    """Raise OSError if the disk has no room for the merged file beside an older one."""
+    require_free_space(output.parent, num_bytes(plan.tensors), f"writing {output.name}")
+
+
 def write_merge(
-    output: str | Path, plan: MergePlan, meta: Mapping[str, Any], verify: Callable[[Path], None] | None = None
+    output: str | Path,
+    plan: MergePlan,
+    meta: Mapping[str, Any],
+    verify: Callable[[Path], None] | None = None,
+    *,
+    payload: Mapping[str, Any] | None = None,
+    entry: str | None = "model",
 ) -> MergeProof:
     """Write the plan, prove the result, call `verify` with its path, and only then let it appear at `output`.
 
-    An older file at `output` is replaced in one step or, if anything fails, left as it was.
+    meta, payload, entry: see `save_weights`. An older file at `output` is replaced in one step or, if anything fails,
+    left as it was.
     """
     output = Path(output)
     unproven = output.with_name(f".unproven.{output.name}")
     try:
-        save_weights(unproven, plan.tensors, meta)
+        save_weights(unproven, plan.tensors, meta, payload=payload, entry=entry)
         proof = prove_merge(unproven, plan)
         if verify is not None:
             verify(unproven)
@@ -224,7 +337,14 @@ def prove_merge(output_path: str | Path, plan: MergePlan) -> MergeProof:
     return MergeProof(plan.copied, plan.appended, Path(output_path).stat().st_size)
 
 
-def _strip_wrappers(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> Mapping[str, Tensor]:
+def dotted(prefix: str) -> str:
+    """A module's path with exactly one dot behind it; "" stays empty."""
+    name = prefix.strip(".")
+    return f"{name}." if name else ""
+
+
+def strip_wrappers(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> Mapping[str, Tensor]:
+    """Take off each of the prefixes, in their order, that all keys share."""
     for prefix in prefixes:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = strip_prefix(tensors, prefix)
@@ -236,7 +356,7 @@ def _below_any(key: str, prefixes: Iterable[str]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes if prefix)
 
 
-def _modules(keys: Iterable[str], depth: int = 3) -> list[str]:
+def list_modules(keys: Iterable[str], depth: int = 3) -> list[str]:
     """The first parts of the keys, each once, in order: what to name when a prefix was wrong."""
     return list(dict.fromkeys(".".join(key.split(".")[:depth]) for key in keys))
 

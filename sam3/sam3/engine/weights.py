@@ -12,7 +12,8 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,22 @@ SAFETENSORS_DTYPES = {
     torch.complex64: "C64",
 }
 
+# Public training checkpoints keep their configuration as a yacs node, a dict with a class of its own. It is read as a
+# plain dict under that name; yacs is neither imported nor called.
+FOREIGN_DICTS = [(OrderedDict, "yacs.config.CfgNode")]
+
 
 @dataclass
 class WeightFile:
     """What `load_weights` found: `tensors` by key in file order, `meta` (plain dict, empty if the file has none),
-    `payload` = the other entries of the file (epoch, optimizer, ...)."""
+    `payload` = the other entries of the file (epoch, optimizer, ...), `entry` = the one that held the tensors, None if
+    the file is a bare state dict."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     path: Path = Path("(in memory)")
     payload: dict[str, Any] = field(default_factory=dict)
+    entry: str | None = "model"
 
 
 def load_weights(path: str | Path) -> WeightFile:
@@ -81,7 +88,8 @@ def _read_torch(path: Path) -> Any:
         raise ValueError(f"{path} is cut off after {size} (its zip directory is missing); copy or download it again")
     try:
         # Files of torch < 1.6 are no zips and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals(FOREIGN_DICTS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
@@ -114,7 +122,7 @@ def _unwrap(content: Any, path: Path) -> WeightFile:
     meta = content.get("meta", {}) if name else {}
     if not isinstance(meta, dict):
         raise ValueError(f"entry 'meta' of {path} is a {type(meta).__name__}; wanted a dict")
-    return WeightFile(dict(tensors), meta, path, payload)
+    return WeightFile(dict(tensors), meta, path, payload, name)
 
 
 def _read_safetensors(path: Path) -> WeightFile:
@@ -127,6 +135,7 @@ def _read_safetensors(path: Path) -> WeightFile:
         raise ValueError(f"{path} ({size}) is cut off, damaged or no safetensors file: {error}") from error
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
+    header.pop("format", None)  # the library's own mark, written anew with every file
     try:
         meta = json.loads(header.pop("meta", "{}"))
     except json.JSONDecodeError as error:
@@ -134,29 +143,41 @@ def _read_safetensors(path: Path) -> WeightFile:
     return WeightFile(tensors, meta, path, header)
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
-    """Write `{"model": tensors, "meta": meta}` as a torch zip file, or safetensors with `meta` as JSON in the header.
+def save_weights(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any] | None = None,
+    *,
+    payload: Mapping[str, Any] | None = None,
+    entry: str | None = "model",
+) -> None:
+    """Write `{entry: tensors, "meta": meta, **payload}` as a torch zip file, or safetensors with `meta` as JSON in the
+    header beside `payload`, which then may hold texts only. `entry` None: a torch file that is the bare state dict.
 
     The file appears whole or not at all, and only after the free space was checked. Tensors that fill a storage of
     their own are written from where they lie (mapped files included); others are copied first: all of them for a torch
-    file, one at a time for safetensors. `meta` must be plain JSON values.
+    file, one at a time for safetensors. `meta` must be plain JSON values, `payload` what `load_weights` reads.
     Raises ValueError for what cannot be written, OSError for a disk that is full or refuses.
     """
     path = Path(path)
     if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
         raise ValueError(f"no weight format goes with the name {path}; end it in .pt, .pth or {SAFETENSORS_SUFFIX}")
+    payload = dict(payload or {})
     _check_writable(path, tensors)
+    _check_extras(path, meta, payload, entry)
     try:
         meta_json = json.dumps(dict(meta or {}))
     except TypeError as error:
         raise ValueError(f"meta for {path} must be plain numbers, strings, lists and dicts: {error}") from error
     # A torch file adds a zip record (alignment, name, directory entry) and a pickle entry per tensor.
-    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + 1024 * len(tensors) + (64 << 10)
+    needed = num_bytes(tensors) + sum(map(_size, _tensors_in(payload))) + 1024 * len(tensors) + (64 << 10)
     require_free_space(path.parent, needed, f"writing {path.name}")
     with atomic_path(path) as temporary:
-        write = _write_safetensors if path.suffix == SAFETENSORS_SUFFIX else _write_torch
         try:
-            write(temporary, tensors, meta_json)
+            if path.suffix == SAFETENSORS_SUFFIX:
+                _write_safetensors(temporary, tensors, {**payload, "format": "pt", "meta": meta_json})
+            else:
+                _write_torch(temporary, tensors, {"meta": json.loads(meta_json), **payload}, entry)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns OSError into RuntimeError
             reason = str(error).splitlines()[0]
             raise OSError(f"could not write {path}, is the disk full or over quota? {reason}") from error
@@ -174,27 +195,55 @@ def _check_writable(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def _check_extras(path: Path, meta: Mapping[str, Any] | None, payload: Mapping[str, Any], entry: str | None) -> None:
+    if path.suffix == SAFETENSORS_SUFFIX:
+        others = [key for key, value in payload.items() if not isinstance(value, str)]
+        if others:
+            raise ValueError(f"{path} cannot hold the entries {list_names(others)} beside tensors; write a .pt file")
+    elif entry is None and (meta or payload):
+        names = ["meta"] * bool(meta) + list(payload)
+        raise ValueError(f"a bare state dict has no place for {list_names(names)}, so {path} is not written")
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size of all tensors together."""
+    return sum(map(_size, tensors.values()))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """The same values on the CPU, contiguous, without autograd and with no larger storage behind them."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    fills_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    fills_storage = tensor.untyped_storage().nbytes() == _size(tensor)
     return tensor if tensor.is_contiguous() and fills_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _write_torch(path: Path, tensors: Mapping[str, Tensor], meta_json: str) -> None:
+def _write_torch(path: Path, tensors: Mapping[str, Tensor], extras: Mapping[str, Any], entry: str | None) -> None:
     plain = {key: _plain(tensor) for key, tensor in tensors.items()}
-    torch.save({"model": plain, "meta": json.loads(meta_json)}, path)
+    torch.save(plain if entry is None else {entry: plain, **extras}, path)
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], meta_json: str) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], extras: Mapping[str, str]) -> None:
     """8 bytes header length, JSON header, raw tensors. The library's own writer wants all of it in memory at once."""
     # Wide types first, so that every tensor begins at a multiple of its element size and can be mapped.
     keys = sorted(tensors, key=lambda key: -tensors[key].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "meta": meta_json}}
+    header: dict[str, Any] = {"__metadata__": extras}
     end = 0
     for key in keys:
         tensor, begin = tensors[key], end
-        end += tensor.numel() * tensor.element_size()
+        end += _size(tensor)
         dtype = SAFETENSORS_DTYPES[tensor.dtype]
         header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
