@@ -1,13 +1,14 @@
-"""How close merged students come to their teacher: embeddings, masks behind the same box prompts, size and speed.
+"""How close merged students come to their teacher: embeddings, masks behind the same boxes and points, size and speed.
 
     python scripts/evaluate_student.py --teacher sam3_checkpoints/sam3.pt \
         --students output/efficient_sam3_repvit_m1.pt --data-path data/sa-1b --split val --output output/evaluation
 
-All models see the same pixels, pre-processed as the students' checkpoints say. Boxes come from the annotations; each
-goes through the heads of teacher and student, and the mask of the teacher's best query is compared with the student's
-mask of the same query, whose meaning the frozen heads fix. Without annotations only embeddings are compared.
+All models see the same pixels, pre-processed as the students' checkpoints say. Boxes and points come from the
+annotations; each goes through the heads of teacher and student, and the mask of the teacher's best query is compared
+with the student's mask of the same query, whose meaning the frozen heads fix. Without annotations only embeddings are
+compared.
 
-Letters: `B` boxes of a picture, `G` side of the embedding grid, `M` side of the mask grid.
+Letters: `P` prompts of a picture, `G` side of the embedding grid, `M` side of the mask grid.
 """
 
 from __future__ import annotations
@@ -27,22 +28,27 @@ from sam3.engine import cli, log, sa1b
 from sam3.engine.distributed import choose_device
 from sam3.engine.files import atomic_path, human_bytes, write_json
 from sam3.engine.losses import build_valid_mask, masked_cosine_per_image
+from sam3.engine.metrics import mask_iou
+from sam3.model.box_ops import box_xyxy_to_cxcywh
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
+from sam3.model.sam3_image_processor import VISUAL_PROMPT
 from sam3.model_builder import build_sam3_image_model
 from sam3.transforms import Preprocess, read_image
-from sam3.visualize import draw_objects, picture_table
+from sam3.visualize import picture_table, prompt_panels
+
+KINDS = ("box", "point")
 
 
 @dataclass
 class Result:
-    """One model's figures; `cosines` per picture, `ious` per box."""
+    """One model's figures; `cosines` per picture, `ious` per prompt of each kind."""
 
     name: str
     path: Path
     trunk_parameters: int
     cosines: list[float] = field(default_factory=list)
-    ious: list[float] = field(default_factory=list)
+    ious: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     trunk_ms: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float | str | int | None]:
@@ -52,7 +58,7 @@ class Result:
             "name": self.name,
             "cosine": cosines.mean().item(),
             "cosine_p5": cosines.quantile(0.05).item(),
-            "mask_iou": sum(self.ious) / len(self.ious) if self.ious else None,
+            **{f"{kind}_iou": sum(ious) / len(ious) if ious else None for kind, ious in self.ious.items()},
             "trunk_parameters": self.trunk_parameters,
             "trunk_ms": times.median().item(),
             "file_bytes": self.path.stat().st_size,
@@ -71,6 +77,11 @@ class Model:
         trunk.register_forward_pre_hook(self._start)
         trunk.register_forward_hook(self._stop)
 
+    @property
+    def backbone(self) -> str:
+        """Name of the student; ValueError if the file holds none."""
+        return _student(self.model.backbone.vision_backbone.trunk, self.result.path).backbone.model.name
+
     def _start(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.started = time.perf_counter()
 
@@ -83,14 +94,14 @@ class Model:
         """Image features; `embedding` then holds the trunk's grid."""
         return self.model.backbone.forward_image(images)
 
-    def predict(self, features: dict, boxes: Tensor) -> dict:
-        """Outputs for B boxes (cxcywh in 0..1 of the square), each a prompt of its own, without masks."""
-        zeros = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
-        features.update(self.model.backbone.forward_text(["visual"], device=boxes.device))
-        return self.model.predict_boxes(features, FindStage(zeros, zeros), Prompt(box_embeddings=boxes[None]))
+    def predict(self, features: dict, prompt: Prompt, count: int) -> dict:
+        """Outputs for a `prompt` of `count` rows, without masks."""
+        zeros = torch.zeros(count, dtype=torch.long, device=self.model.device)
+        features.update(self.model.backbone.forward_text([VISUAL_PROMPT], device=self.model.device))
+        return self.model.predict_boxes(features, FindStage(zeros, zeros), prompt)
 
     def masks(self, outputs: dict, queries: Tensor) -> Tensor:
-        """Mask logits `(B, M, M)` of one query for each box."""
+        """Mask logits `(P, M, M)` of one query for each prompt."""
         return self.model.predict_masks(outputs, queries[:, None])["pred_masks"][:, 0]
 
 
@@ -99,11 +110,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="checkpoint in the sam3.pt layout")
     parser.add_argument("--students", type=Path, nargs="+", required=True, help="merged checkpoints")
     parser.add_argument("--names", nargs="+", help="names of the students in table and picture; left out, file names")
-    parser.add_argument("--untrained", action="store_true", help="also a row for each student with random weights")
+    parser.add_argument("--untrained", action="store_true", help="also a row for each kind of student, untrained")
     parser.add_argument("--data-path", type=Path, required=True, help="data set in the SA-1B layout")
     parser.add_argument("--split", default="val", help="part of the data set")
     parser.add_argument("--num-images", type=int, default=100, help="pictures, the first of the split")
-    parser.add_argument("--num-boxes", type=int, default=8, help="boxes a picture, those of the largest masks")
+    parser.add_argument("--num-boxes", type=int, default=8, help="objects a picture, those of the largest masks")
     parser.add_argument("--num-pictures", type=int, default=4, help="rows of the picture")
     parser.add_argument("--output", type=Path, required=True, help="folder for evaluation.json and evaluation.png")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -127,10 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(args.device)
     teacher = Model("teacher", args.teacher, device)
     students = []
+    fresh = set()
     for name, path in zip(names, args.students, strict=True):
-        if args.untrained:
+        student = Model(name, path, device)
+        if args.untrained and student.backbone not in fresh:
+            fresh.add(student.backbone)
             students.append(Model(f"{name}, untrained", path, device, untrained=True))
-        students.append(Model(name, path, device))
+        students.append(student)
     preprocess = _shared_preprocess(students)
     rows = []
     with torch.inference_mode():
@@ -140,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
     summaries = [model.result.summary() for model in (teacher, *students)]
     write_json(args.output / "evaluation.json", {"num_images": len(pictures), "models": summaries})
-    print(table(summaries, num_boxes=len(teacher.result.ious)))
+    print(table(summaries, {kind: len(ious) for kind, ious in teacher.result.ious.items()}))
     if rows:
         titles = ["photo and prompt", "teacher", *(student.result.name for student in students)]
         picture = args.output / "evaluation.png"
@@ -150,11 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fresh_student(trunk: nn.Module, path: Path) -> StudentEncoder:
-    """The student of `trunk` as training finds it."""
+def _student(trunk: nn.Module, path: Path) -> StudentEncoder:
     if not isinstance(trunk, StudentTrunk):
         raise ValueError(f"{path} holds no student; merge one into it with stage1/convert_stage1_weights.py")
-    student = trunk.model
+    return trunk.model
+
+
+def _fresh_student(trunk: nn.Module, path: Path) -> StudentEncoder:
+    """The student of `trunk` as training finds it."""
+    student = _student(trunk, path)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build_student(student.backbone.model.name, student.embed_dim, student.embed_size)
@@ -186,66 +204,68 @@ def compare(
     square, size = preprocess.fit(image)
     sizes = torch.tensor([size], device=device)
     images = preprocess.normalise(square[None].to(device), sizes)
-    boxes = _boxes(annotations, image, preprocess, num_boxes).to(device)
     reference = teacher.encode(images)
     valid = build_valid_mask(sizes, preprocess.img_size, teacher.embedding.shape[-1])
     teacher.result.cosines.append(1.0)
-    features = {id(student): student.encode(images) for student in students}
+    features = [student.encode(images) for student in students]
     for student in students:
         student.result.cosines += masked_cosine_per_image(student.embedding, teacher.embedding, valid).tolist()
-    if not len(boxes):
-        return None
-    outputs = teacher.predict(reference, boxes)
-    queries = outputs["pred_logits"][..., 0].argmax(1)  # (B,)
     image_size = tuple(image.shape[1:])
-    wanted = preprocess.crop_valid(teacher.masks(outputs, queries), image_size) > 0
-    teacher.result.ious += [1.0] * len(boxes)
-    masks = [wanted]
-    for student in students:
-        found = student.masks(student.predict(features[id(student)], boxes), queries)
-        masks.append(preprocess.crop_valid(found, image_size) > 0)
-        student.result.ious += mask_iou(masks[-1], wanted).tolist()
-    return _panels(square[:, : size[0], : size[1]], boxes[0].cpu(), [mask[0].cpu() for mask in masks], preprocess)
+    panels = None
+    for kind, coords in _prompts(annotations, image_size, preprocess, num_boxes).items():
+        if not len(coords):
+            continue
+        prompt = _prompt(kind, coords.to(device))
+        outputs = teacher.predict(reference, prompt, len(coords))
+        queries = outputs["pred_logits"][..., 0].argmax(1)  # (P,)
+        masks = [preprocess.crop_valid(teacher.masks(outputs, queries), image_size) > 0]
+        teacher.result.ious[kind] += [1.0] * len(coords)
+        for student, seen in zip(students, features, strict=True):
+            found = student.masks(student.predict(seen, prompt, len(coords)), queries)
+            masks.append(preprocess.crop_valid(found, image_size) > 0)
+            student.result.ious[kind] += mask_iou(masks[-1], masks[0]).tolist()
+        if kind == "box":
+            picture = square[:, : size[0], : size[1]]
+            panels = prompt_panels(picture, [mask[0] for mask in masks], box=coords[0] * preprocess.img_size)
+    return panels
 
 
-def mask_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of bool masks `(B, H, W)`: `(B,)`; 1 where both are empty."""
-    both = (first & second).flatten(1).sum(1).float()
-    either = (first | second).flatten(1).sum(1).float()
-    return torch.where(either == 0, torch.ones_like(both), both / either.clamp(min=1))
-
-
-def _boxes(annotations: Path, image: Tensor, preprocess: Preprocess, count: int) -> Tensor:
-    """The boxes of the largest masks, `(B, 4)` cxcywh in 0..1 of the model's square; none without annotations."""
+def _prompts(annotations: Path, image_size: tuple[int, int], preprocess: Preprocess, count: int) -> dict[str, Tensor]:
+    """Boxes `(P, 4)` xyxy of the largest masks, and the points `(P, 2)` of those that have one, in 0..1 of the model's
+    square; none without annotations."""
     if not annotations.exists():
-        return torch.zeros(0, 4)
+        return {}
     found = sa1b.read_annotations(annotations)
-    largest = found.boxes[found.areas.argsort(descending=True)[:count]]
-    x0, y0, x1, y1 = preprocess.coords_to_input(largest, tuple(image.shape[1:])).unbind(1)
-    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=1)
+    largest = found.areas.argsort(descending=True)[:count]
+    points = found.points[largest]
+    points = points[points.isfinite().all(1)]
+    return {
+        "box": preprocess.coords_to_input(found.boxes[largest], image_size),
+        "point": preprocess.coords_to_input(points, image_size),
+    }
 
 
-def _panels(picture: Tensor, box: Tensor, masks: list[Tensor], preprocess: Preprocess) -> list[Image.Image]:
-    """The photo with its box, then one panel per mask; picture `(3, h, w)`, box in 0..1 of the square."""
-    height, width = picture.shape[1:]
-    cx, cy, w, h = (box * preprocess.img_size).tolist()
-    xyxy = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]])
-    empty = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    shown = [empty, *(nn.functional.interpolate(m[None, None].float(), (height, width)) > 0 for m in masks)]
-    return [draw_objects(picture, mask, xyxy, torch.ones(1), show_scores=False) for mask in shown]
+def _prompt(kind: str, coords: Tensor) -> Prompt:
+    """Each box or point as a prompt of its own."""
+    if kind == "point":
+        return Prompt(point_embeddings=coords[None])
+    return Prompt(box_embeddings=box_xyxy_to_cxcywh(coords)[None])
 
 
-def table(summaries: list[dict], num_boxes: int) -> str:
-    """The figures as aligned lines."""
-    head = f"{'model':<24}{'cosine':>9}{'5th pct':>9}{'mask IoU':>10}{'trunk':>11}{'trunk ms':>10}{'file':>11}"
+def table(summaries: list[dict], counts: dict[str, int]) -> str:
+    """The figures as aligned lines; counts: prompts of each kind."""
+    titles = "".join(f"{kind + ' IoU':>11}" for kind in KINDS)
+    head = f"{'model':<24}{'cosine':>9}{'5th pct':>9}{titles}{'trunk':>11}{'trunk ms':>10}{'file':>11}"
     lines = [head, "-" * len(head)]
     for s in summaries:
-        iou = "-" if s["mask_iou"] is None else f"{s['mask_iou']:.3f}"
+        values = [s[f"{kind}_iou"] for kind in KINDS]
+        ious = "".join(f"{'-' if value is None else f'{value:.3f}':>11}" for value in values)
         lines.append(
-            f"{s['name']:<24}{s['cosine']:>9.4f}{s['cosine_p5']:>9.4f}{iou:>10}{s['trunk_parameters'] / 1e6:>10.2f}M"
+            f"{s['name']:<24}{s['cosine']:>9.4f}{s['cosine_p5']:>9.4f}{ious}{s['trunk_parameters'] / 1e6:>10.2f}M"
             f"{s['trunk_ms']:>10.1f}{human_bytes(s['file_bytes']):>11}"
         )
-    lines.append(f"cosine of embeddings and IoU of masks are against the teacher; {num_boxes} boxes")
+    asked = " and ".join(f"{count} prompts by {kind}" for kind, count in counts.items())
+    lines.append(f"cosine of embeddings and IoU of masks are against the teacher; {asked}")
     return "\n".join(lines)
 
 

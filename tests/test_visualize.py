@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sam3.visualize import distinct_colors, draw_objects
+from sam3.visualize import distinct_colors, draw_objects, prompt_panels
 
 
 def test_colors_differ():
@@ -33,3 +33,24 @@ def test_boxes_beyond_the_picture_and_no_objects_at_all():
     assert draw_objects(image, masks, boxes, torch.tensor([0.2, 0.8])).size == (30, 20)
     empty = draw_objects(image, masks[:0], boxes[:0], torch.zeros(0))
     assert (np.asarray(empty) == 9).all()
+
+
+def test_panels_show_prompt_and_masks():
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    mask = torch.zeros(10, 15, dtype=torch.bool)
+    mask[:5] = True  # the upper half, at a quarter of the resolution
+    photo, masked = map(
+        np.asarray, prompt_panels(image, [mask], torch.tensor([5.0, 30, 15, 38]), torch.tensor([50, 30]))
+    )
+    color = distinct_colors(1)[0]
+    assert (photo[34, 5] == color).all(), "the box"
+    assert (photo[30, 50] == 255).all(), "the point"
+    assert (photo[10, 30] == 100).all()
+    assert (masked[10, 30] == (50 + 0.5 * color).astype(np.uint8)).all()
+    assert (masked[25, 30] == 100).all()
+    assert (masked[30, 50] == 255).all()
+
+
+def test_panels_without_prompt_and_masks():
+    (photo,) = prompt_panels(torch.full((3, 8, 8), 7, dtype=torch.uint8), [])
+    assert (np.asarray(photo) == 7).all()

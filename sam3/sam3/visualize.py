@@ -5,6 +5,8 @@ from __future__ import annotations
 import colorsys
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def draw_objects(
 
     Args:
         image: uint8 (3, H, W) RGB.
-        masks: bool (K, 1, H, W); boxes: (K, 4) left, top, right, bottom in pixels; scores: (K,).
+        masks: bool (K, 1, H, W); boxes: (K, 4) left, top, right, bottom in pixels, or (0, 4); scores: (K,).
         opacity: of the masks, 0..1.
     """
     pixels = image.permute(1, 2, 0).cpu().numpy().copy()
@@ -41,7 +43,7 @@ def draw_objects(
     draw = ImageDraw.Draw(picture)
     unit = max(1, round(min(picture.size) / 400))  # line width, pixels
     font = ImageFont.load_default(10 * unit + 2)
-    for k in order:
+    for k in order if len(boxes) else []:
         color = tuple(colors[k].tolist())
         left, top, right, bottom = _clip(boxes[k].tolist(), picture.size)
         draw.rectangle((left, top, right, bottom), outline=color, width=unit)
@@ -51,6 +53,35 @@ def draw_objects(
         draw.rectangle(draw.textbbox((left + unit, top + unit), label, font=font), fill="black")
         draw.text((left + unit, top + unit), label, fill=color, font=font)
     return picture
+
+
+def prompt_panels(
+    image: Tensor, masks: list[Tensor], box: Tensor | None = None, point: Tensor | None = None
+) -> list[Image.Image]:
+    """The picture with its prompt alone, then with the prompt and each of the masks.
+
+    Args:
+        image: uint8 (3, H, W) RGB.
+        masks: bool, (h, w) each, over the same picture at any resolution.
+        box: (4,) left, top, right, bottom in pixels; point: (2,) x, y in pixels.
+    """
+    size = tuple(image.shape[1:])
+    full = [F.interpolate(mask[None, None].float().cpu(), size)[0] > 0.5 for mask in masks]
+    boxes = torch.zeros(0, 4) if box is None else box[None]
+    panels = []
+    for mask in (torch.zeros(1, *size, dtype=torch.bool), *full):
+        panel = draw_objects(image, mask[None], boxes, torch.ones(1), show_scores=False)
+        if point is not None:
+            _draw_point(panel, point)
+        panels.append(panel)
+    return panels
+
+
+def _draw_point(picture: Image.Image, point: Tensor) -> None:
+    radius = max(2, round(min(picture.size) / 60))  # pixels
+    x, y = point.tolist()
+    circle = (x - radius, y - radius, x + radius, y + radius)
+    ImageDraw.Draw(picture).ellipse(circle, fill="white", outline="black", width=max(1, radius // 3))
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

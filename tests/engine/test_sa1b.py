@@ -11,7 +11,16 @@ import torch
 from pycocotools import mask as coco_mask
 
 from sam3.engine.image_list import ImageList, list_folder
-from sam3.engine.sa1b import annotation_path, decode_segmentation, list_sa1b, read_annotations
+from sam3.engine.sa1b import (
+    annotation_path,
+    decode_segmentation,
+    list_sa1b,
+    list_unannotated,
+    pixel_of_runs,
+    read_annotations,
+    run_lengths,
+    sample_runs,
+)
 from tests.samples import write_sa1b
 
 
@@ -40,6 +49,14 @@ def test_lists_sorted_keys_with_annotations_only(tmp_path):
 def test_without_annotation_folder_all_pictures_count(tmp_path):
     touch(tmp_path, "images/train/b.JPG", "images/train/a.png", "annotations/val/c.json")
     assert list_sa1b(tmp_path, "train").keys() == ["a", "b"]
+
+
+def test_names_pictures_without_annotations(tmp_path):
+    write_sa1b(tmp_path, num_train=2, num_val=0)
+    touch(tmp_path, "images/train/sa_9.jpg", "images/train/sa_0.png", "annotations/train/other.json")
+    assert list_unannotated(tmp_path, "train") == ["sa_0", "sa_9"]
+    touch(tmp_path, "images/val/b.jpg", "images/val/a.jpg")
+    assert list_unannotated(tmp_path, "val") == ["a", "b"]
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
@@ -206,5 +223,71 @@ def test_damaged_segmentation_is_named(tmp_path):
     path.write_text(json.dumps({"image": {"height": 3, "width": 4}, "annotations": [entry]}))
     with pytest.raises(ValueError, match=r"segmentation 0 of .*a\.json cannot be decoded"):
         read_annotations(path).masks()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"^no annotation file .*none\.json; fetch it"):
         read_annotations(tmp_path / "none.json")
+
+
+def test_every_form_of_segmentation_goes_to_pycocotools(tmp_path):
+    compressed = coco_mask.encode(np.asfortranarray(np.eye(3, 4, dtype=np.uint8)))
+    text = {"size": [3, 4], "counts": compressed["counts"].decode()}
+    forms = [text, {"size": [3, 4], "counts": [0, 1, 3, 1, 3, 1, 3]}, [[0, 0, 2, 0, 2, 2, 0, 2]], []]
+    path = tmp_path / "a.json"
+    entries = [{"bbox": [0, 0, 1, 1], "segmentation": form} for form in forms]
+    path.write_text(json.dumps({"image": {"height": 3, "width": 4}, "annotations": entries}))
+    found = read_annotations(path)
+    rles = [found.rle(index) for index in range(4)]
+    assert rles[0] == compressed
+    assert coco_mask.area(rles).tolist() == [3, 3, 4, 0]
+    assert np.array_equal(coco_mask.decode(rles).transpose(2, 0, 1).astype(bool), found.masks().numpy())
+
+
+# Runs -------------------------------------------------------------------------------------------------------------
+
+
+def random_mask(height, width, seed):
+    """Blobs and single pixels: long and short runs, and differences of both signs."""
+    draw = np.random.default_rng(seed)
+    mask = draw.random((height, width)) < 0.02
+    top, left = draw.integers(0, (height + 1) // 2), draw.integers(0, (width + 1) // 2)
+    mask[top : top + height // 2, left : left + width // 2] = True
+    return mask
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 7), (200, 31), (40, 900)])
+def test_runs_agree_with_pycocotools(height, width):
+    for seed in range(5):
+        mask = random_mask(height, width, seed)
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        runs = run_lengths(rle, height, width)
+        assert runs[1::2].sum() == coco_mask.area(rle) == mask.sum()
+        assert np.array_equal(decode_segmentation(rle, height, width), mask)
+        rows, columns = np.arange(0, height, 3), np.arange(0, width, 2)
+        assert np.array_equal(sample_runs(runs, height, rows, columns), mask[::3, ::2])
+        rows, columns = np.arange(2 * height) // 2, np.arange(3 * width) // 3  # every pixel several times
+        assert np.array_equal(sample_runs(runs, height, rows, columns), mask[rows[:, None], columns])
+        pixels = [pixel_of_runs(runs, height, share) for share in (np.arange(mask.sum()) + 0.5) / mask.sum()]
+        column_first = [(row, column) for column, row in np.argwhere(mask.T).tolist()]
+        assert pixels == column_first
+
+
+def test_pixels_of_hand_made_runs():
+    # 3 rows, 4 columns; pixels 2, 3, 4 and 9 down the columns are inside: (2, 0), (0, 1), (1, 1), (0, 3).
+    runs = run_lengths({"size": [3, 4], "counts": [2, 3, 4, 1, 2]}, 3, 4)
+    found = [pixel_of_runs(runs, 3, share) for share in (0.0, 0.24, 0.25, 0.5, 0.75, 0.999)]
+    assert found == [(2, 0), (2, 0), (0, 1), (1, 1), (0, 3), (0, 3)]
+    assert pixel_of_runs(run_lengths({"size": [3, 4], "counts": [12]}, 3, 4), 3, 0.5) is None
+    assert pixel_of_runs(run_lengths({"size": [3, 4], "counts": [12, 0]}, 3, 4), 3, 0.5) is None
+    # Beginning inside: the first run is 0.
+    assert pixel_of_runs(run_lengths({"size": [3, 4], "counts": [0, 12]}, 3, 4), 3, 0.0) == (0, 0)
+    assert sample_runs(runs, 3, np.array([0, 2]), np.array([0, 1, 3])).tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [("9", "cover 9 pixels"), ("R", "cut off"), ("", "cut off"), ("9!", "characters"), ("oooooooooooo0", "60 bits"),
+     ([13, -1], "cover 12 pixels"), (["x"], "invalid")],
+)  # fmt: skip
+def test_damaged_runs_are_refused(counts, message):
+    """pycocotools itself reads beyond such counts or does not end."""
+    with pytest.raises(ValueError, match=message):
+        run_lengths({"size": [3, 4], "counts": counts}, 3, 4)

@@ -1,6 +1,9 @@
 """SA-1B: `images/<split>/<key>.jpg` with `annotations/<split>/<key>.json` beside them.
 
-Letters: `N` objects of one picture, `H W` its rows and columns.
+Masks are handled as the runs they are stored in: pixels are counted down the first column, then down the second, and so
+on, and the lengths of stretches outside and inside the object take turns, beginning outside (maybe with 0).
+
+Letters: `N` objects of one picture, `H W` its rows and columns, `R` runs of a mask.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,24 @@ def list_sa1b(root: str | Path, split: str) -> ImageList:
     items = list(scan_images(images))
     found = len(items)
     if annotations.is_dir():
-        annotated = {name[: -len(".json")] for name in os.listdir(annotations) if name.endswith(".json")}  # noqa: PTH208
+        annotated = _json_stems(annotations)
         items = [item for item in items if item[0] in annotated]
     if not items:
         reason = f"; the {found} there have no JSON file in {annotations}" if found else ""
         raise FileNotFoundError(f"no pictures to use in {images}{reason}")
     prefix = f"images/{split}/"
     return ImageList.build(root, ((stem, prefix + name) for stem, name in items), found - len(items))
+
+
+def list_unannotated(root: str | Path, split: str) -> list[str]:
+    """Keys of the pictures of `split` without a JSON file, sorted: those that `list_sa1b` leaves out."""
+    images, annotations = Path(root) / "images" / split, Path(root) / "annotations" / split
+    annotated = _json_stems(annotations) if annotations.is_dir() else set()
+    return sorted(stem for stem, _ in scan_images(images) if stem not in annotated)
+
+
+def _json_stems(folder: Path) -> set[str]:
+    return {name[: -len(".json")] for name in os.listdir(folder) if name.endswith(".json")}  # noqa: PTH208
 
 
 def annotation_path(root: str | Path, split: str, key: str) -> Path:
@@ -56,7 +70,7 @@ class ImageAnnotations:
 
     boxes: float `(N, 4)` xyxy in pixels; points: float `(N, 2)` xy in pixels, NaN where the file states none;
     areas: float `(N,)` in pixels; predicted_iou, stability_score: float `(N,)` in 0..1, NaN where not stated;
-    segmentations: as in the file, decoded by `masks`. source names the file in messages.
+    segmentations: as in the file, read by `runs` and `masks`. source names the file in messages.
     """
 
     source: Path
@@ -68,32 +82,48 @@ class ImageAnnotations:
     predicted_iou: Tensor
     stability_score: Tensor
     segmentations: list[Any]
+    _runs: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.segmentations)
+
+    def runs(self, index: int) -> np.ndarray:
+        """Run lengths of the mask of object `index`, int64 `(R,)`, read once. ValueError names a damaged one."""
+        if index not in self._runs:
+            try:
+                self._runs[index] = run_lengths(self.segmentations[index], self.height, self.width)
+            except Exception as error:  # pycocotools raises many types; all mean that this entry is damaged
+                raise ValueError(f"segmentation {index} of {self.source} cannot be decoded: {error}") from error
+        return self._runs[index]
+
+    def rle(self, index: int) -> dict[str, Any]:
+        """The mask of object `index` as pycocotools takes it, compressed. ValueError names a damaged one."""
+        runs, segmentation, size = self.runs(index), self.segmentations[index], [self.height, self.width]
+        if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+            return coco_mask.frPyObjects({"size": size, "counts": runs.tolist()}, *size)
+        counts = segmentation["counts"]
+        return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
 
     def masks(self, indices: Sequence[int] | None = None) -> Tensor:
         """Masks of the objects `indices` (default: all), bool `(len(indices), H, W)`. ValueError names a bad one."""
         indices = range(len(self)) if indices is None else indices
         masks = torch.zeros(len(indices), self.height, self.width, dtype=torch.bool)
         for row, index in enumerate(indices):
-            try:
-                mask = decode_segmentation(self.segmentations[index], self.height, self.width)
-            except Exception as error:  # pycocotools raises many types; all mean that this entry is damaged
-                raise ValueError(f"segmentation {index} of {self.source} cannot be decoded: {error}") from error
-            masks[row] = torch.from_numpy(mask)
+            masks[row] = torch.from_numpy(_decode_runs(self.runs(index), self.height, self.width))
         return masks
 
 
 def read_annotations(path: str | Path) -> ImageAnnotations:
-    """The annotation file at `path`; no annotations at all are fine. ValueError names a file that is damaged."""
+    """The annotation file at `path`; no annotations at all are fine. ValueError names a file that is damaged,
+    FileNotFoundError one that is missing.
+    """
     path = Path(path)
     try:
         document = json.loads(path.read_bytes())
         image = document["image"]
         return build_annotations(path, int(image["height"]), int(image["width"]), document["annotations"])
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no annotation file {path}; fetch it, or remove its picture") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"annotation file {path} is damaged: {reason}; fetch it again") from error
@@ -123,17 +153,73 @@ def build_annotations(source: Path, height: int, width: int, entries: Sequence[M
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask, bool `(H, W)`, from COCO's compressed RLE, uncompressed RLE (a list of counts) or polygons."""
+    """A mask, bool `(H, W)`, from any form of segmentation; see `run_lengths`."""
+    return _decode_runs(run_lengths(segmentation, height, width), height, width)
+
+
+def run_lengths(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Run lengths, int64 `(R,)`, of COCO's compressed RLE, uncompressed RLE (a list of counts) or polygons.
+
+    They are checked to cover the picture exactly; ValueError otherwise. (pycocotools does not check, and never ends
+    merging two masks that cover different numbers of pixels.)
+    """
     if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)) if segmentation else None
-        return np.zeros((height, width), bool) if rle is None else coco_mask.decode(rle).astype(bool)
+        if not segmentation:
+            return np.array([height * width])
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"its size {segmentation['size']} is not the picture's {[height, width]}")
     counts = segmentation["counts"]
-    if isinstance(counts, list):
-        if sum(counts) != height * width:
-            raise ValueError(f"its runs cover {sum(counts)} pixels, the picture has {height * width}")
-        rle = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    return coco_mask.decode(rle).astype(bool)
+    runs = np.array(counts, dtype=np.int64) if isinstance(counts, list) else _parse_counts(counts)
+    if runs.sum() != height * width or (runs < 0).any():
+        raise ValueError(f"its runs cover {runs.sum()} pixels, the picture has {height * width}")
+    return runs
+
+
+def _parse_counts(counts: str | bytes) -> np.ndarray:
+    """COCO's compressed counts: five bits a character, lowest first, bit 5 = more follow, the last one's bit 4 = sign.
+
+    From the fourth number on, each stands for the difference to the one before the previous.
+    """
+    bits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)
+    if not len(ends) or ends[-1] != len(bits) - 1 or bits.min() < 0 or bits.max() > 63:
+        raise ValueError("its counts are cut off or hold characters that are none of theirs")
+    lengths = np.diff(ends, prepend=-1)
+    if lengths.max() > 12:
+        raise ValueError("its counts hold a number beyond 60 bits")
+    starts = ends - lengths + 1
+    place = np.arange(len(bits)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((bits & 31) << (5 * place), starts)
+    numbers -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)
+    for first in (1, 2):
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    return numbers
+
+
+def _decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def sample_runs(runs: np.ndarray, height: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The mask at pixels `rows` x `columns` (integers, rows ascending): bool `(len(rows), len(columns))`.
+
+    The rest is not decoded: each run says how many of these pixels it covers.
+    """
+    columns, where = np.unique(columns, return_inverse=True)
+    places = columns[:, None] * height + rows
+    before = np.searchsorted(places.ravel(), np.cumsum(runs), side="left")  # how many lie before the end of each run
+    return np.repeat(np.arange(len(runs)) % 2 == 1, np.diff(before, prepend=0)).reshape(places.shape)[where].T
+
+
+def pixel_of_runs(runs: np.ndarray, height: int, share: float) -> tuple[int, int] | None:
+    """Row and column of the object's pixel that comes after `share` (in [0, 1)) of them; None for an empty mask."""
+    inside = np.cumsum(runs[1::2])
+    if not len(inside) or inside[-1] == 0:
+        return None
+    number = int(share * inside[-1])
+    stretch = int(np.searchsorted(inside, number, side="right"))
+    # The stretch ends where it and all runs before it do; `number` is so many pixels before that.
+    place = int(runs[: 2 * stretch + 2].sum() - (inside[stretch] - number))
+    column, row = divmod(place, height)
+    return row, column
