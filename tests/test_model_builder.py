@@ -16,9 +16,11 @@ from sam3.model.vitdet import ViT
 from sam3.model_builder import (
     assemble_image_model,
     build_efficientsam3_image_model,
+    build_sam3_heads,
     build_sam3_image_model,
     build_student,
     build_teacher_trunk,
+    encode_phrase,
 )
 from sam3.transforms import Preprocess
 from scripts.make_tiny_sam3 import make_model
@@ -183,6 +185,94 @@ def test_teacher_trunk_reads_only_the_trunk(tiny, tensors, tmp_path):
         torch.testing.assert_close(whole(image)[-1], maps[0])
     half = build_teacher_trunk(tiny, device="cpu", dtype=torch.bfloat16)
     assert half(image.bfloat16())[-1].dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def heads(tiny):
+    return build_sam3_heads(tiny, device="cpu")
+
+
+def test_heads_take_a_grid_and_are_the_models(tiny, heads):
+    whole = build_sam3_image_model(tiny, device="cpu")
+    assert not any(module.training for module in heads.modules())
+    assert not any(parameter.requires_grad for parameter in heads.parameters())
+    grid = torch.randn(1, 64, 16, 16)
+    with torch.inference_mode():
+        found = heads.backbone.forward_image(grid)["backbone_fpn"]
+        wanted = [conv(grid) for conv in whole.backbone.vision_backbone.convs[:3]]
+    assert [tuple(level.shape) for level in found] == [(1, 64, 64, 64), (1, 64, 32, 32), (1, 64, 16, 16)]
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    own, all_weights = heads.state_dict(), whole.state_dict()
+    assert all(torch.equal(tensor, all_weights[key]) for key, tensor in own.items())
+    left_out = {key for key in all_weights if key not in own}
+    assert all(key.startswith(("backbone.vision_backbone.trunk.", "backbone.language_backbone.")) for key in left_out)
+    assert heads.preprocess == whole.preprocess
+
+
+def test_heads_read_nothing_else_of_the_file(tiny, heads, monkeypatch):
+    """The weights are the mapped ones, and of the others no value is asked for: their tensors have none."""
+
+    def load_without_the_rest(path):
+        file = load_weights(path)
+        unread = (TRUNK, "detector.backbone.language_backbone.", "detector.backbone.vision_backbone.sam2_convs.")
+        file.tensors = {k: t.to("meta") if k.startswith((*unread, "tracker.")) else t for k, t in file.tensors.items()}
+        files.append(file)
+        return file
+
+    files = []
+    monkeypatch.setattr(model_builder, "load_weights", load_without_the_rest)
+    own = build_sam3_heads(tiny, device="cpu").state_dict()
+    stored = files[0].tensors
+    assert own.keys() == heads.state_dict().keys()
+    assert [key for key, tensor in own.items() if tensor.data_ptr() != stored[f"detector.{key}"].data_ptr()] == []
+
+
+def test_heads_of_a_merged_file_are_the_same(heads, merged):
+    found = build_sam3_heads(merged, device="cpu")
+    assert found.preprocess == Preprocess(img_size=224, resize="pad")
+    own = heads.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in found.state_dict().items())
+    assert len(own) == len(found.state_dict())
+
+
+def test_heads_of_half_precision_run_in_float32(tensors, tmp_path):
+    save_weights(tmp_path / "half.pt", {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()})
+    found = build_sam3_heads(tmp_path / "half.pt", device="cpu")
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        (("detector.segmentation_head.",), r"lacks SAM3's segmentation head; wanted the full sam3\.pt"),
+        (("detector.geometry_encoder.",), "lacks SAM3's geometry encoder;"),
+        (("detector.transformer.", "detector.dot_prod_scoring."), "lacks SAM3's fusion encoder, decoder, scoring;"),
+        (("detector.backbone.vision_backbone.convs.",), "lacks SAM3's neck;"),
+        (("detector.backbone.vision_backbone.convs.2.conv_1x1.",), r"no tensor '.*convs\.2\.conv_1x1\.weight'"),
+        (("detector.geometry_encoder.cls_embed.",), r"1 missing: geometry_encoder\.cls_embed\.weight"),
+    ],
+)
+def test_missing_heads_are_named(tensors, tmp_path, prefixes, message):
+    save_weights(tmp_path / "cut.pt", {key: t for key, t in tensors.items() if not key.startswith(prefixes)})
+    with pytest.raises(ValueError, match=message):
+        build_sam3_heads(tmp_path / "cut.pt", device="cpu")
+
+
+def test_a_phrase_is_encoded_without_the_model(tiny, tensors, merged, tmp_path):
+    with torch.inference_mode():
+        wanted = build_sam3_image_model(tiny, device="cpu").backbone.forward_text(["visual"])
+    for path in (tiny, merged):
+        found = encode_phrase(path, "visual")
+        assert found["language_features"].shape == (32, 1, 64)
+        assert not found["language_features"].requires_grad
+        assert all(torch.equal(found[name], wanted[name]) for name in ("language_features", "language_mask"))
+    assert (~found["language_mask"]).sum() == 3  # start, the word, end
+    kept = {key: t for key, t in tensors.items() if ".language_backbone." not in key}
+    save_weights(tmp_path / "mute.pt", kept)
+    with pytest.raises(ValueError, match=r"mute\.pt has no text encoder"):
+        encode_phrase(tmp_path / "mute.pt", "visual")
+    with pytest.raises(ValueError, match="a text prompt is a phrase, got ' '"):
+        encode_phrase(tiny, " ")
 
 
 def test_bfloat16_model_runs_and_keeps_its_tables(tiny):

@@ -1,4 +1,5 @@
-"""Builds SAM3 models: the image model, the same with a student in place of its trunk, the teacher's trunk alone.
+"""Builds SAM3 models: the image model, the same with a student in place of its trunk; the teacher's trunk alone, what
+comes after a trunk alone, and the text encoder alone.
 
 All sizes are read from the checkpoint, so that the released file and a tiny one go through the same code. Weights are
 memory-mapped and handed to a model that was built without any, so that loading needs no second copy of them.
@@ -7,7 +8,7 @@ memory-mapped and handed to a model that was built without any, so that loading 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from sam3.backbones.student import BACKBONES, StudentTrunk, build_student, describe, recognise_student
 from sam3.engine.distributed import choose_device
 from sam3.engine.weights import WeightFile, list_names, load_strict, load_weights, normalise_sam3_keys, strip_prefix
-from sam3.model.config import TRUNK, Sam3Config, vit_sizes, without_vit
+from sam3.model.config import NECK, TRUNK, Sam3Config, vit_sizes, without_vit
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.encoder import TransformerEncoderFusion
 from sam3.model.geometry_encoders import SequenceGeometryEncoder
 from sam3.model.maskformer_segmentation import UniversalSegmentationHead
-from sam3.model.necks import Sam3DualViTDetNeck
+from sam3.model.necks import PassThroughTrunk, Sam3DualViTDetNeck
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.scoring import DotProductScoring
 from sam3.model.text_encoder import VETextEncoder
@@ -37,9 +38,11 @@ __all__ = [
     "BACKBONES",
     "assemble_image_model",
     "build_efficientsam3_image_model",
+    "build_sam3_heads",
     "build_sam3_image_model",
     "build_student",
     "build_teacher_trunk",
+    "encode_phrase",
 ]
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,14 @@ STUDENT = f"{TRUNK}model."
 SAM2_NECK = "backbone.vision_backbone.sam2_convs."
 TEXT_ENCODER = "backbone.language_backbone."
 SEGMENTATION_HEAD = "segmentation_head."
+HEADS = {
+    "neck": NECK,
+    "geometry encoder": "geometry_encoder.",
+    "fusion encoder": "transformer.encoder.",
+    "decoder": "transformer.decoder.",
+    "scoring": "dot_prod_scoring.",
+    "segmentation head": SEGMENTATION_HEAD,
+}
 DEFAULT_EMBED_SIZE = 72  # of merged checkpoints whose meta does not say
 
 
@@ -148,6 +159,60 @@ def build_teacher_trunk(
     return trunk
 
 
+def build_sam3_heads(checkpoint_path: str | Path, device: str | torch.device = "auto") -> Sam3Image:
+    """Everything after the trunk, frozen, in eval mode and float32.
+
+    In the trunk's place stands one that passes maps through, so that `model.backbone.forward_image(grid)` takes what a
+    trunk gives, `(B, C, G, G)`, and all that follows is the code that inference runs. Trunk, text encoder and second
+    neck are neither built nor read; prompts need `language_features` from elsewhere, such as `encode_phrase`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one whose heads are missing or do not fit; the message names
+            them.
+    """
+    file = load_weights(checkpoint_path)
+    tensors = _detector_tensors(file.tensors, file.path)
+    missing = [name for name, prefix in HEADS.items() if not any(key.startswith(prefix) for key in tensors)]
+    if missing:
+        raise ValueError(
+            f"{file.path} lacks SAM3's {', '.join(missing)}; wanted the full sam3.pt, or a student merged into it"
+        )
+    config = without_vit(Sam3Config.from_tensors(tensors))
+    unused = (TRUNK, TEXT_ENCODER, SAM2_NECK)
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(unused)}
+    trunk = PassThroughTrunk(_neck_width(kept, file.path))
+    preprocess = _read_preprocess(file)
+    with torch.device("meta"):
+        model = assemble_image_model(config, trunk, enable_text_encoder=False, preprocess=preprocess)
+    _take_over(model, kept, file.path)
+    return model.to(device=choose_device(device), dtype=torch.float32).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_phrase(checkpoint_path: str | Path, phrase: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """What the text encoder of a checkpoint makes of one phrase; nothing else of the file is read.
+
+    Returns, on `device`: language_features (L, 1, C) float32 and language_mask (1, L) bool, True = padding, as
+    `Sam3Image.predict_boxes` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, one without its text encoder, or an empty phrase.
+    """
+    if not phrase.strip():
+        raise ValueError(f"a text prompt is a phrase, got {phrase!r}")
+    file = load_weights(checkpoint_path)
+    tensors = _detector_tensors(file.tensors, file.path)
+    own = strip_prefix(tensors, TEXT_ENCODER)
+    if not own:
+        raise ValueError(f"{file.path} has no text encoder ({TEXT_ENCODER}*); wanted the full sam3.pt")
+    with torch.device("meta"):
+        encoder = _build_text_encoder(Sam3Config.from_tensors(tensors))
+    _take_over(encoder, own, file.path)
+    encoder = encoder.to(device=choose_device(device), dtype=torch.float32).eval()
+    mask, features, _ = encoder([phrase])
+    return {"language_features": features, "language_mask": mask}
+
+
 def assemble_image_model(
     config: Sam3Config,
     trunk: nn.Module | None = None,
@@ -160,19 +225,7 @@ def assemble_image_model(
 ) -> Sam3Image:
     """The image model with random weights on the current torch device; `trunk` takes the place of the ViT."""
     sizes = config
-    text_encoder = None
-    if enable_text_encoder:
-        text_encoder = VETextEncoder(
-            SimpleTokenizer(bpe_path, sizes.context_length),
-            sizes.dim,
-            width=sizes.text_width,
-            heads=sizes.text_heads,
-            layers=sizes.text_layers,
-            mlp_dim=sizes.text_mlp_dim,
-            projection_dim=sizes.text_projection_dim,
-            context_length=sizes.context_length,
-            vocab_size=sizes.vocab_size,
-        )
+    text_encoder = _build_text_encoder(sizes, bpe_path) if enable_text_encoder else None
     neck = Sam3DualViTDetNeck(trunk or _build_vit(vars(config)), sizes.dim, with_sam2_neck)
     widths = (sizes.dim, sizes.heads, sizes.ffn_dim)
     return Sam3Image(
@@ -209,12 +262,25 @@ def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[s
         SAM2_NECK: not parts["with_sam2_neck"],
     }
     unused = [prefix for prefix, off in switched_off.items() if off and any(key.startswith(prefix) for key in tensors)]
-    load_strict(model, tensors, source=file.path, allowed_unexpected=unused)
-    unset = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    assert not unset, f"without values after loading: {list_names(unset)}; register such buffers as persistent"
+    _take_over(model, tensors, file.path, unused)
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         model.float()  # for example a student merged into a file of half precision
     return model
+
+
+def _take_over(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, unused: Sequence[str] = ()) -> None:
+    """Lets a module that was built on the meta device have a file's tensors; those below `unused` may be left."""
+    load_strict(module, tensors, source=source, allowed_unexpected=unused)
+    unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not unset, f"without values after loading: {list_names(unset)}; register such buffers as persistent"
+
+
+def _neck_width(tensors: Mapping[str, Tensor], source: Path) -> int:
+    """Channels of the trunk that the neck was trained on."""
+    name = f"{NECK}2.conv_1x1.weight"  # (dim, C, 1, 1), of the level that has the trunk's own grid
+    if name not in tensors:
+        raise ValueError(f"{source} has no tensor '{name}', which tells the trunk's width; wanted the full sam3.pt")
+    return tensors[name].shape[1]
 
 
 def _read_preprocess(file: WeightFile) -> Preprocess | None:
@@ -237,6 +303,20 @@ def _detector_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> dict
             "wanted the layout of sam3.pt"
         )
     return strip_prefix(tensors, "detector.")
+
+
+def _build_text_encoder(sizes: Sam3Config, bpe_path: str | Path | None = None) -> VETextEncoder:
+    return VETextEncoder(
+        SimpleTokenizer(bpe_path, sizes.context_length),
+        sizes.dim,
+        width=sizes.text_width,
+        heads=sizes.text_heads,
+        layers=sizes.text_layers,
+        mlp_dim=sizes.text_mlp_dim,
+        projection_dim=sizes.text_projection_dim,
+        context_length=sizes.context_length,
+        vocab_size=sizes.vocab_size,
+    )
 
 
 def _build_vit(sizes: Mapping[str, Any]) -> ViT:

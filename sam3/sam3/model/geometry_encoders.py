@@ -179,9 +179,8 @@ class SequenceGeometryEncoder(nn.Module):
         """(B, Nb, 4), (B, Nb), (B, C, H, W) -> (B, Nb, C)."""
         batch, count = boxes.shape[:2]
         height, width = features.shape[-2:]
-        corners = box_cxcywh_to_xyxy(boxes.float()) * boxes.new_tensor(
-            [width, height, width, height], dtype=torch.float32
-        )
+        x0, y0, x1, y1 = box_cxcywh_to_xyxy(boxes.float()).unbind(-1)
+        corners = torch.stack((width * x0, height * y0, width * x1, height * y1), dim=-1)
         # float32 also under lower precision: cell coordinates would be rounded otherwise.
         regions = roi_align(features.float(), list(corners), self.roi_size).to(features.dtype)
         pooled = self.boxes_pool_project(regions).view(batch, count, -1)

@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from sam3.model.position_encoding import PositionEmbeddingSine
 
 
+class PassThroughTrunk(nn.Module):
+    """Stands where a trunk stood in a model that is given the trunk's output: one map (B, E, G, G) -> [the same].
+
+    Has no weights; `channels` is E.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channel_list = [channels]
+
+    def forward(self, grid: Tensor) -> list[Tensor]:
+        return [grid]
+
+
 class Sam3DualViTDetNeck(nn.Module):
     """Turns the trunk's one map into levels of 4, 2 and 1 times its grid, once or twice.
 
