@@ -10,6 +10,7 @@ PACKAGES = {
     "sam3.model": "sam3/sam3/model",
     "stage1": "stage1",
     "stage1.data": "stage1/data",
+    "stage1_geometry_finetune": "stage1_geometry_finetune",
 }
 
 REQUIRES = [

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "sam3": {"sam3"},
     "stage1": {"sam3", "stage1"},
+    "stage1_geometry_finetune": {"sam3", "stage1_geometry_finetune"},
     "data": {"sam3"},
     "scripts": {"sam3"},
-    "benchmarks": {"sam3", "stage1", "tests"},
+    "benchmarks": {"sam3", "stage1", "stage1_geometry_finetune", "tests"},
 }
-OWN = {"sam3", "stage1", "data", "scripts", "benchmarks", "tests"}
+OWN = {*ALLOWED, "tests"}
 # Inside the package: these do not know each other.
 STRANGERS = {
     "sam3/sam3/engine": ("sam3.model", "sam3.backbones"),
@@ -80,7 +81,12 @@ def test_import_from_the_root_and_from_elsewhere(tmp_path: Path):
 
 
 def test_scripts_start_from_the_root_and_from_elsewhere(tmp_path: Path):
-    for script in ("stage1/train_stage1.py", "stage1/save_embedding_stage1.py", "stage1/convert_stage1_weights.py"):
+    scripts = ("train_stage1", "save_embedding_stage1", "convert_stage1_weights")
+    geometry = ("train_geometry_finetune", "convert_geometry_finetune")
+    for script in (
+        *(f"stage1/{name}.py" for name in scripts),
+        *(f"stage1_geometry_finetune/{name}.py" for name in geometry),
+    ):
         for folder in (ROOT, tmp_path):
             assert "usage" in run([sys.executable, str(ROOT / script), "--help"], folder)
 

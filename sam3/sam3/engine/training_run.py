@@ -12,7 +12,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sam3.engine.config import dump_config, to_dict
 from sam3.engine.distributed import World
 from sam3.engine.dry_run import repeated, seconds_per_iteration
 from sam3.engine.environment import write_env
-from sam3.engine.files import free_bytes, human_bytes, require_free_space
+from sam3.engine.files import free_bytes, human_bytes, require_free_space, write_text
 from sam3.engine.loader import PictureLoader
 from sam3.engine.locks import FileLock
 from sam3.engine.loop import LoopSettings, Validate, train
@@ -87,7 +87,7 @@ class TrainingRun:
     load_weights(path): puts the weights of a file into the student, for EVAL_MODE.
     meta: what checkpoints state; one with another meta, or another value of a config key among `resume_keys`, is not
     resumed. lines: the stage's part of the plan, name -> text. project: name at wandb. config_name: file that the
-    config is written to, `.json` or `.yaml`.
+    config is written to, `.json` or `.yaml`. left_out: reason -> pictures that take no part; left_out.txt lists them.
     """
 
     config: CfgNode
@@ -106,6 +106,7 @@ class TrainingRun:
     best_metric: str = ""
     best_mode: str = "min"
     config_name: str = "config.json"
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         best = self.best_metric if self.make_validator else ""
@@ -129,6 +130,9 @@ class TrainingRun:
         if self.world.is_main:  # only now: a refused run leaves the files of the one whose folder this is
             dump_config(config, self.output / self.config_name)
             write_env(self.output / "env.json", argv)
+            if self.left_out:
+                lines = [f"{key}\t{reason}\n" for reason, keys in self.left_out.items() for key in keys]
+                write_text(self.output / "left_out.txt", "".join(lines))
         self._describe()
         with log.MetricLog(
             self.output,
@@ -245,6 +249,7 @@ class TrainingRun:
             "student": f"{config.MODEL.NAME} ({config.MODEL.BACKBONE}), {trained:,} parameters trained, {frozen:,} "
             f"frozen",
             **self.lines,
+            **self._left_out_line(),
             "steps": f"{self.steps_per_epoch} an epoch, {config.TRAIN.EPOCHS} epochs, effective batch {effective} = "
             f"{config.DATA.BATCH_SIZE} x {processes} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated",
             "rate": f"{config.TRAIN.BASE_LR * self._lr_scale():.3g} at its highest, {config.TRAIN.LR_SCHEDULER.NAME}",
@@ -254,6 +259,12 @@ class TrainingRun:
         }
         for name, text in plan.items():
             logger.info(_line(name, text))
+
+    def _left_out_line(self) -> dict[str, str]:
+        if not self.left_out:
+            return {}
+        counts = ", ".join(f"{len(keys)} ({reason})" for reason, keys in self.left_out.items())
+        return {"left out": f"{counts}; see left_out.txt in the output"}
 
 
 def _line(name: str, text: str) -> str:
