@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from sam3.backbones.student import StudentEncoder, build_student
-from sam3.engine.losses import build_valid_mask, masked_cosine, masked_cosine_per_image, masked_mse
+from sam3.engine.losses import (
+    build_valid_mask,
+    masked_cosine,
+    masked_cosine_per_image,
+    masked_mse,
+    masked_mse_per_image,
+)
 from sam3.engine.stage_config import build_preprocess
 from sam3.model_builder import build_teacher_trunk
 from sam3.transforms import Preprocess
@@ -87,9 +93,7 @@ class EncoderDistiller(nn.Module):
     def evaluate(self, batch: Stage1Batch) -> dict[str, Tensor]:
         """Per picture: `mse` (per element) and `cosine` similarity, each `(B,)`; and the two grids and the mask."""
         prediction, target, mask = self._predict(batch)
-        mse = torch.stack(
-            [masked_mse(p[None], t[None], m[None]) for p, t, m in zip(prediction, target, mask, strict=True)]
-        )
+        mse = masked_mse_per_image(prediction, target, mask)
         cosine = masked_cosine_per_image(prediction, target, mask)
         return {"mse": mse, "cosine": cosine, "prediction": prediction, "target": target, "mask": mask}
 

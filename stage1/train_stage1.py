@@ -51,8 +51,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     return config
 
 
-def build_run(config: CfgNode, world: World, output: Path) -> TrainingRun:
-    """Data, then model: the order in which mistakes are cheapest to find."""
+def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> TrainingRun:
+    """Data, then model: the order in which mistakes are cheapest to find. Nothing is written, dry run or not."""
     teacher = None
     if config.DISTILL.TEACHER == "online":
         teacher = teacher_meta(config.DISTILL.TEACHER_CHECKPOINT, "DISTILL.TEACHER_CHECKPOINT")
@@ -69,6 +69,9 @@ def build_run(config: CfgNode, world: World, output: Path) -> TrainingRun:
         amp_dtype = amp.resolve_amp_dtype(config.AMP_ENABLE, config.AMP_DTYPE, world.device)
         return Validator(distiller, loader, world, amp_dtype, metrics)
 
+    def load_weights(path: str | Path) -> None:
+        load_student_weights(distiller.student, path, preprocess)
+
     return TrainingRun(
         config,
         world,
@@ -78,7 +81,8 @@ def build_run(config: CfgNode, world: World, output: Path) -> TrainingRun:
         sampler=sampler,
         make_loader=lambda: make_loader(sources.train, sampler),
         make_validator=None if sources.val is None else make_validator,
-        load_weights=lambda path: load_student_weights(distiller.student, path, preprocess),
+        load_weights=load_weights,
+        start_from=(lambda: load_weights(config.MODEL.PRETRAINED)) if config.MODEL.PRETRAINED else None,
         meta={
             "backbone": config.MODEL.BACKBONE,
             "embed_dim": config.DISTILL.EMBED_DIM,
@@ -94,13 +98,11 @@ def build_run(config: CfgNode, world: World, output: Path) -> TrainingRun:
 
 
 def prepare_distiller(config: CfgNode, world: World) -> EncoderDistiller:
-    """The student, with the weights it starts from, and its teacher if that runs along."""
+    """The student with random weights, and its teacher if that runs along."""
     teacher = None
     if config.DISTILL.TEACHER == "online":
         teacher = build_teacher(config, config.DISTILL.TEACHER_CHECKPOINT, world.device)
     distiller = build_distiller(config, teacher)
-    if config.MODEL.PRETRAINED:
-        load_student_weights(distiller.student, config.MODEL.PRETRAINED, build_preprocess(config))
     return place(distiller, distiller.student, config, world.device)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sam3.backbones.student import StudentEncoder, check_student, recognise_student
-from sam3.engine.merge import STUDENT_PREFIXES
-from sam3.engine.weights import load_strict, load_weights, strip_prefix
+from sam3.engine.merge import STUDENT_PREFIXES, list_modules
+from sam3.engine.weights import list_names, load_strict, load_weights, strip_prefix
 from sam3.transforms import Preprocess
 
 
@@ -27,8 +27,16 @@ def load_student_weights(
             tensors = strip_prefix(tensors, prefix)
             break
     student_tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(("backbone.model.", "head."))}
-    recognise_student(student_tensors)  # says what is wrong with weights of no student at all
-    check_student(student_tensors, student.backbone.model.name)
+    if not any(key.startswith("backbone.model.") for key in student_tensors):
+        raise ValueError(
+            f"{path} holds no student, but keys below {list_names(list_modules(file.tensors, depth=2))}; wanted a "
+            "training's ckpt_epoch_<n>.pth, or a model that a student is merged into"
+        )
+    try:
+        recognise_student(student_tensors)  # says what is wrong with weights of no one student
+        check_student(student_tensors, student.backbone.model.name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if preprocess is not None and "preprocess" in file.meta:
         _check_preprocess(file.meta["preprocess"], preprocess, path)
     load_strict(student, student_tensors, source=path)

@@ -159,6 +159,20 @@ def test_fitting_and_foreign_checkpoints():
     assert "NEW" not in text
 
 
+def test_a_file_that_was_renamed_is_the_same_file():
+    payload = packed(meta={"teacher": {"name": "sam3.pt", "sha256": "ab"}, "student": {"name": "a"}})
+    same = {"teacher": {"name": "teachers/sam3_copy.pt", "sha256": "ab"}}
+    checkpoint.check_fits(payload, "c.pth", meta=same)
+    with pytest.raises(ValueError, match=r"run: teacher.sha256 is 'ab' there and 'cd' here\. R"):
+        checkpoint.check_fits(payload, "c.pth", meta={"teacher": {"name": "sam3.pt", "sha256": "cd"}})
+    for meta, message in (
+        ({"student": {"name": "b"}}, "student.name is 'a' there and 'b' here"),  # a name is all there is
+        ({"teacher": {"name": "other.pt"}}, "teacher.name is 'sam3.pt' there and 'other.pt' here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.check_fits(payload, "c.pth", meta=meta)
+
+
 def test_random_numbers_go_on_where_they_were(tmp_path):
     def draw() -> tuple:
         numbers = np.random.rand(), np.random.randn()  # noqa: NPY002 - the global generator is what is tested

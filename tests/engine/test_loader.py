@@ -111,7 +111,7 @@ def test_a_picture_left_out_is_reported_once(toy: ToyPictures, workers: int, cap
     for _ in range(2):
         assert sorted(map(len, loader)) == [0, 1, 1, 1, 1, 1]
     assert [record.getMessage() for record in caplog.records] == [
-        "left out (picture 1 that cannot be read): toy_2 is empty"
+        "left out (picture 1 that cannot be used): toy_2 is empty"
     ]
 
 

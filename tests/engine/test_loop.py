@@ -298,6 +298,42 @@ def test_a_signal_in_the_last_validation_leaves_the_validation_to_do(tmp_path):
     assert checkpoint.newest(tmp_path).name == "ckpt_epoch_0.pth"
 
 
+@pytest.mark.parametrize("error", [ValueError("a bad picture"), OSError("the disk is gone"), RuntimeError("no memory")])
+def test_an_error_in_validation_costs_no_epoch(tmp_path, error):
+    toy_train.run(tmp_path / "whole", CPU, epochs=2)
+
+    def fail(epoch: int, step: int) -> dict[str, float]:
+        if epoch == 1:
+            raise error
+        return {}
+
+    with pytest.raises(type(error), match=str(error)):
+        toy_train.run(tmp_path / "cut", CPU, epochs=2, validate=fail)
+    path = checkpoint.newest(tmp_path / "cut")
+    assert path.name == "ckpt_epoch_1_step_16.pth"
+    seen = []
+    toy_train.run(tmp_path / "cut", CPU, epochs=2, resume=path, validate=lambda e, s: seen.append((e, s)) or {"a": 1.0})
+    assert seen == [(1, 16)]  # the validation alone is repeated
+    assert_same(
+        checkpoint.load(tmp_path / "whole/ckpt_epoch_1.pth"), checkpoint.load(tmp_path / "cut/ckpt_epoch_1.pth")
+    )
+
+
+def test_an_unknown_best_metric_costs_no_epoch(tmp_path):
+    with pytest.raises(ValueError, match="best_metric 'x' is not among"):
+        toy_train.run(tmp_path, CPU, epochs=1, best_metric="x", validate=lambda e, s: {"a": 1.0})
+    assert checkpoint.newest(tmp_path).name == "ckpt_epoch_0_step_8.pth"
+
+
+def test_an_error_in_mid_epoch_validation_saves_too(tmp_path):
+    def fail(epoch: int, step: int) -> dict[str, float]:
+        raise ValueError("a bad picture")
+
+    with pytest.raises(ValueError, match="a bad picture"):
+        toy_train.run(tmp_path, CPU, epochs=1, validate=fail, validate_steps=3)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["ckpt_epoch_0_step_3.pth"]
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     toy_train.run(None, CPU, epochs=1)

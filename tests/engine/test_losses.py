@@ -17,6 +17,7 @@ from sam3.engine.losses import (
     masked_cosine,
     masked_cosine_per_image,
     masked_mse,
+    masked_mse_per_image,
 )
 
 MASK_LOSSES = (mask_bce, mask_dice, mask_focal)
@@ -45,6 +46,10 @@ def test_mse_is_a_mean_over_images_of_means_over_cells():
     target = torch.stack([torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 3.0)])
     mask = torch.tensor([[[[1.0, 1.0], [1.0, 1.0]]], [[[1.0, 0.0], [0.0, 0.0]]]])
     assert masked_mse(prediction, target, mask).item() == pytest.approx((1 + 9) / 2)
+    assert masked_mse_per_image(prediction, target, mask).tolist() == pytest.approx([1, 9])
+    several = prediction.repeat(1, 5, 1, 1), target.repeat(1, 5, 1, 1), mask
+    assert masked_mse_per_image(*several).tolist() == pytest.approx([1, 9])
+    assert masked_mse_per_image(*several, "channel_sum").tolist() == pytest.approx([5, 45])
 
 
 def test_masked_cosine():

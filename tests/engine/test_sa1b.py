@@ -13,7 +13,9 @@ from pycocotools import mask as coco_mask
 from sam3.engine.image_list import ImageList, list_folder
 from sam3.engine.sa1b import (
     annotation_path,
-    decode_segmentation,
+    clip_boxes,
+    drop_outside,
+    is_usable,
     list_sa1b,
     list_unannotated,
     pixel_of_runs,
@@ -22,6 +24,8 @@ from sam3.engine.sa1b import (
     sample_runs,
 )
 from tests.samples import write_sa1b
+
+NAN, INF = float("nan"), float("inf")
 
 
 def touch(root, *names):
@@ -160,17 +164,15 @@ def test_reads_boxes_points_and_masks(tmp_path):
     assert found.points.tolist() == [[37.5, 26.0], [86.5, 56.0]]
     assert found.areas.tolist() == [43 * 30, 43 * 22]
     assert torch.allclose(found.predicted_iou, torch.tensor([0.9, 0.9]))
-    masks = found.masks()
-    assert masks.shape == (2, 90, 130)
-    assert masks[0, 11:41, 16:59].all()
-    assert masks.sum((1, 2)).tolist() == [43 * 30, 43 * 22]
-    assert torch.equal(found.masks([1])[0], masks[1])
+    # The first mask begins in column 16 at row 11, and has 43 columns of 30 pixels, 60 apart.
+    assert found.runs(0).tolist() == [16 * 90 + 11, *[30, 60] * 42, 30, 90 - 41 + 71 * 90]
+    assert [found.runs(index)[1::2].sum() for index in range(2)] == [43 * 30, 43 * 22]
 
 
 def test_every_form_of_segmentation():
-    expected = np.zeros((4, 5), bool)
-    expected[1:3, 2:4] = True
-    compressed = coco_mask.encode(np.asfortranarray(expected.astype(np.uint8)))
+    expected = np.zeros((4, 5), np.uint8, order="F")
+    expected[1:3, 2:4] = 1
+    compressed = coco_mask.encode(expected)
     # Column by column: 9 zeros, 2 ones, 2 zeros, 2 ones, 5 zeros.
     forms = [
         {"size": [4, 5], "counts": compressed["counts"].decode()},
@@ -179,14 +181,14 @@ def test_every_form_of_segmentation():
         [[2, 1, 4, 1, 4, 3, 2, 3]],
     ]
     for form in forms:
-        assert np.array_equal(decode_segmentation(form, 4, 5), expected)
-    two = decode_segmentation([[0, 0, 1, 0, 1, 1, 0, 1], [3, 3, 4, 3, 4, 4, 3, 4]], 4, 5)
-    assert two.sum() == 2
-    assert not decode_segmentation([], 4, 5).any()
+        assert run_lengths(form, 4, 5).tolist() == [9, 2, 2, 2, 5]
+    two = run_lengths([[0, 0, 1, 0, 1, 1, 0, 1], [3, 3, 4, 3, 4, 4, 3, 4]], 4, 5)
+    assert two.tolist() == [0, 1, 14, 1, 4]  # pixels (0, 0) and (3, 3)
+    assert run_lengths([], 4, 5).tolist() == [20]
     with pytest.raises(ValueError, match="size"):
-        decode_segmentation(forms[0], 5, 4)
+        run_lengths(forms[0], 5, 4)
     with pytest.raises(ValueError, match="21 pixels"):
-        decode_segmentation({"size": [4, 5], "counts": [9, 2, 2, 2, 6]}, 4, 5)
+        run_lengths({"size": [4, 5], "counts": [9, 2, 2, 2, 6]}, 4, 5)
 
 
 def test_no_annotations_and_left_out_fields_are_fine(tmp_path):
@@ -196,7 +198,7 @@ def test_no_annotations_and_left_out_fields_are_fine(tmp_path):
     assert len(empty) == 0
     assert empty.boxes.shape == (0, 4)
     assert empty.points.shape == (0, 2)
-    assert empty.masks().shape == (0, 3, 4)
+    assert empty.areas.shape == (0,)
     entry = {"bbox": [0, 1, 2, 2], "segmentation": {"size": [3, 4], "counts": [12]}}
     path.write_text(json.dumps({"image": {"height": 3, "width": 4}, "annotations": [entry]}))
     plain = read_annotations(path)
@@ -205,16 +207,77 @@ def test_no_annotations_and_left_out_fields_are_fine(tmp_path):
     assert plain.areas.isnan().all()
 
 
+ENTRY = {"bbox": [0, 1, 2, 2], "segmentation": {"size": [3, 4], "counts": [12]}, "area": 4}
+SIZE = {"height": 3, "width": 4}
+
+
+def with_entries(*changes, **image):
+    return json.dumps({"image": SIZE | image, "annotations": [change | ENTRY | change for change in changes]})
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"image": {"height": 3}, "annotations": []}', '{"image": {"height": 3, "width": 4}}',
-     '{"image": {"height": 3, "width": 4}, "annotations": [{"bbox": [1, 2]}]}',
-     '{"image": {"height": 3, "width": 4}, "annotations": [{"segmentation": []}]}', "\x00\x01"],
-)  # fmt: skip
-def test_broken_json_names_the_file(tmp_path, text):
+    [
+        *("", "{", "[]", "{}", "7", "null", "\x00\x01", '{"image": ' * 100_000),
+        json.dumps({"image": SIZE}),
+        json.dumps({"image": {"height": 3}, "annotations": []}),
+        json.dumps({"image": [3, 4], "annotations": []}),
+        *(json.dumps({"image": SIZE, "annotations": entries}) for entries in (None, {}, "ab", 1, [[]], [None], [7])),
+        *(
+            with_entries({}, **{side: value})
+            for side in SIZE
+            for value in (0, -3, 3.5, 1e30, 10**30, NAN, INF, "3", None)
+        ),
+        *(
+            with_entries({"bbox": bbox})
+            for bbox in ([1, 2], [0, 1, 2, 2, 9], [0, 1, 2, 2] * 2, [[0, 1, 2, 2]], [], 5, None)
+        ),
+        *(
+            with_entries({"bbox": bbox})
+            for bbox in (["0", 1, 2, 2], [None, 1, 2, 2], "0122", {"x": 1}, [10**400, 1, 2, 2])
+        ),
+        with_entries({"bbox": [0, 1, 2]}, {"bbox": [0, 1, 2, 2, 9]}),
+        with_entries({"bbox": [0, 1]}, {"bbox": [2, 2]}),  # together as many numbers as one box
+        *(with_entries({"point_coords": points}) for points in ([[]], [1, 2, 3], [1, 2], [[1, 2, 3]], [[1]], "ab", 5)),
+        with_entries({"point_coords": [[1, 2]]}, {"point_coords": [[]]}),
+        with_entries({"point_coords": {"x": 1}}),
+        *(with_entries({"area": area}) for area in (None, [4], "4")),
+        with_entries({"predicted_iou": [0.9, 0.8]}),
+        json.dumps({"image": SIZE, "annotations": [{"bbox": [0, 1, 2, 2]}]}),
+        json.dumps({"image": SIZE, "annotations": [{"segmentation": []}]}),
+    ],
+    ids=lambda text: text[:80],
+)
+def test_damaged_files_are_named(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(ValueError, match=r"bad\.json is damaged"):
+    with pytest.raises(ValueError, match=r"^annotation file .*bad\.json is damaged: .+; fetch it again$"):
         read_annotations(tmp_path / "bad.json")
+
+
+def test_damage_is_described(tmp_path):
+    path = tmp_path / "bad.json"
+    for text, message in (
+        (with_entries({}, height=0), "its height is 0, wanted a whole number from 1 to 65535"),
+        (with_entries({}, width=INF), "its width is inf, wanted"),
+        (with_entries({"bbox": [0, 1, 2, 2] * 2}), r"its bbox have the shape \(1, 8\), wanted \(1, 4\)"),
+        (with_entries({"point_coords": [[]]}), r"its point_coords have the shape \(1, 0\), wanted \(1, 2\)"),
+        (json.dumps({"image": SIZE, "annotations": {}}), "its annotations are a dict, wanted a list"),
+        (json.dumps({"image": {"width": 4}, "annotations": []}), "it has no entry 'height'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"is damaged: {message}"):
+            read_annotations(path)
+
+
+def test_sizes_at_the_limits(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(with_entries(height=1, width=65535.0))
+    found = read_annotations(path)
+    assert (found.height, found.width) == (1, 65535)
+    assert isinstance(found.width, int)
+    path.write_text(with_entries(width=65536))
+    with pytest.raises(ValueError, match="its width is 65536"):
+        read_annotations(path)
 
 
 def test_damaged_segmentation_is_named(tmp_path):
@@ -222,7 +285,7 @@ def test_damaged_segmentation_is_named(tmp_path):
     entry = {"bbox": [0, 0, 1, 1], "segmentation": {"size": [3, 4], "counts": [7]}}
     path.write_text(json.dumps({"image": {"height": 3, "width": 4}, "annotations": [entry]}))
     with pytest.raises(ValueError, match=r"segmentation 0 of .*a\.json cannot be decoded"):
-        read_annotations(path).masks()
+        read_annotations(path).runs(0)
     with pytest.raises(FileNotFoundError, match=r"^no annotation file .*none\.json; fetch it"):
         read_annotations(tmp_path / "none.json")
 
@@ -238,7 +301,8 @@ def test_every_form_of_segmentation_goes_to_pycocotools(tmp_path):
     rles = [found.rle(index) for index in range(4)]
     assert rles[0] == compressed
     assert coco_mask.area(rles).tolist() == [3, 3, 4, 0]
-    assert np.array_equal(coco_mask.decode(rles).transpose(2, 0, 1).astype(bool), found.masks().numpy())
+    whole = [sample_runs(found.runs(index), 3, np.arange(3), np.arange(4)) for index in range(4)]
+    assert np.array_equal(coco_mask.decode(rles).transpose(2, 0, 1).astype(bool), whole)
 
 
 # Runs -------------------------------------------------------------------------------------------------------------
@@ -260,7 +324,7 @@ def test_runs_agree_with_pycocotools(height, width):
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         runs = run_lengths(rle, height, width)
         assert runs[1::2].sum() == coco_mask.area(rle) == mask.sum()
-        assert np.array_equal(decode_segmentation(rle, height, width), mask)
+        assert np.array_equal(sample_runs(runs, height, np.arange(height), np.arange(width)), mask)
         rows, columns = np.arange(0, height, 3), np.arange(0, width, 2)
         assert np.array_equal(sample_runs(runs, height, rows, columns), mask[::3, ::2])
         rows, columns = np.arange(2 * height) // 2, np.arange(3 * width) // 3  # every pixel several times
@@ -291,3 +355,30 @@ def test_damaged_runs_are_refused(counts, message):
     """pycocotools itself reads beyond such counts or does not end."""
     with pytest.raises(ValueError, match=message):
         run_lengths({"size": [3, 4], "counts": counts}, 3, 4)
+
+
+# Boxes and points ---------------------------------------------------------------------------------------------------
+
+
+def test_boxes_are_cut_at_the_edges_and_slivers_are_not_usable():
+    boxes = np.array([
+        [10, 10, 50, 50],
+        [10, 10, 10.9, 50],  # narrower than a pixel
+        [NAN, 10, 50, 50],
+        [10, 10, INF, 50],
+        [590, 10, 700, 50],  # ends beyond the picture: cut
+        [599.5, 10, 700, 50],  # half a pixel is left
+        [700, 10, 800, 50],
+        [50, 50, 10, 10],
+    ])  # fmt: skip
+    clipped = clip_boxes(boxes, (400, 600))
+    assert clipped[4].tolist() == [590, 10, 600, 50]
+    assert np.isnan(clipped[2:4]).all()
+    assert is_usable(clipped).tolist() == [True, False, False, False, True, False, False, False]
+
+
+def test_points_beyond_the_picture_are_dropped():
+    points = np.array([[0, 0], [600, 400], [600.5, 3], [3, 401], [-1, 3], [NAN, 3], [INF, 3]])
+    found = drop_outside(points, (400, 600))
+    assert found[:2].tolist() == points[:2].tolist()
+    assert np.isnan(found[2:]).all()

@@ -45,7 +45,7 @@ def defaults() -> CfgNode:
     config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TRAIN.BASE_LR = 2, 0, 0.1
     config.TRAIN.SCALE_LR, config.TENSORBOARD, config.PRINT_FREQ = False, False, 1
     config.EVAL_MODE = config.THROUGHPUT_MODE = False
-    config.VAL = True
+    config.VAL, config.LACKING = True, 0
     return config
 
 
@@ -53,7 +53,11 @@ def load(args: argparse.Namespace) -> CfgNode:
     return load_config(defaults(), args.cfg, args.opts, flag_values_from(args, FLAGS))
 
 
-def build(config: CfgNode, world: World, output: Path) -> TrainingRun:
+BUILT: list[bool] = []  # what each call of `build` was told about `dry_run`
+
+
+def build(config: CfgNode, world: World, output: Path, dry_run: bool) -> TrainingRun:
+    BUILT.append(dry_run)
     pictures = ToyPictures(8)
     sampler = train_sampler(config, len(pictures), world)
     distiller = ToyDistiller()
@@ -67,6 +71,9 @@ def build(config: CfgNode, world: World, output: Path) -> TrainingRun:
 
         return validate
 
+    def load(path: Path) -> None:
+        load_strict(distiller.student, load_weights(path).tensors, source=path)
+
     return TrainingRun(
         config,
         world,
@@ -76,7 +83,8 @@ def build(config: CfgNode, world: World, output: Path) -> TrainingRun:
         sampler=sampler,
         make_loader=lambda: loader_from_config(config, pictures, sampler, world.device),
         make_validator=make_validator if config.VAL else None,
-        load_weights=lambda path: load_strict(distiller.student, load_weights(path).tensors, source=path),
+        load_weights=load,
+        start_from=(lambda: load(config.MODEL.PRETRAINED)) if config.MODEL.PRETRAINED else None,
         meta={"backbone": config.MODEL.BACKBONE},
         resume_keys=("SEED",),
         lines={"pictures": "8 toys"},
@@ -84,6 +92,7 @@ def build(config: CfgNode, world: World, output: Path) -> TrainingRun:
         best_metric="val/weight",
         best_mode="max",
         config_name="config.yaml",
+        left_out={"no annotation": [f"toy_{8 + i}" for i in range(config.LACKING)]} if config.LACKING else {},
     )
 
 
@@ -148,16 +157,65 @@ def test_without_validation_there_is_no_best(tmp_path: Path):
         run(tmp_path / "run", "--eval", VAL=False)
 
 
-def test_evaluation_takes_the_newest_or_the_one_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_evaluation_takes_the_one_that_is_named_or_the_newest_or_the_start(tmp_path: Path, capsys):
     output = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"no checkpoint in .*run to evaluate; pass one with"):
-        run(output, "--eval")
+    for flags in ([], ["--resume"], ["--resume", "--pretrained", str(output / "ckpt_epoch_0.pth")]):
+        with pytest.raises(ValueError, match=r"no checkpoint in .*run to evaluate; pass one with"):
+            run(output, "--eval", *flags)
     assert run(output) == 0
     values = recorded(output, "val/weight")
-    for flags, value in (([], values[1]), (["--pretrained", str(output / "ckpt_epoch_0.pth")], values[0])):
+    first, last = (output / f"ckpt_epoch_{epoch}.pth" for epoch in (0, 1))
+    for folder, flags, taken, value in (
+        (output, [], last, values[1]),
+        (output, ["--resume", str(first)], first, values[0]),
+        (output, ["--resume", str(first), "--pretrained", str(last)], first, values[0]),
+        (output, ["--resume", "--pretrained", str(first)], last, values[1]),
+        (output, ["--pretrained", str(first)], last, values[1]),
+        (tmp_path / "other", ["--pretrained", str(first)], first, values[0]),
+    ):
         capsys.readouterr()
-        assert run(output, "--eval", *flags) == 0
-        assert f"val/weight {value:.5g}, val/pictures 8" in capsys.readouterr().out
+        assert run(folder, "--eval", *flags) == 0
+        text = capsys.readouterr().out
+        assert f"{taken}: val/weight {value:.5g}, val/pictures 8" in text
+        passed_over = f"evaluating {last}, not {first}; --resume {first} evaluates the latter"
+        assert (passed_over in text) == (folder == output and flags[-2:] == ["--pretrained", str(first)])
+
+
+# Where it starts ----------------------------------------------------------------------------------------------------
+
+
+def test_weights_to_start_from_are_needed_only_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture):
+    start, output = tmp_path / "start.pt", tmp_path / "run"
+    torch.save({"model": {"weight": torch.full((1, 1), 0.5), "bias": torch.zeros(1)}}, start)
+    assert run(output, "--pretrained", str(start), SAVE_STEPS=2) == 0
+    assert recorded(output, "train/loss_mse")[0] < recorded_of_another_start(tmp_path)
+    assert f"start        {start}\n" in capsys.readouterr().out
+    whole = weight(output / "ckpt_epoch_1.pth")
+    for name in ("ckpt_epoch_1.pth", "ckpt_epoch_1_step_6.pth"):
+        (output / name).unlink()
+    start.unlink()
+    assert run(output, "--dry-run", "--pretrained", str(start)) == 0
+    assert run(output, "--throughput", "--pretrained", str(start)) == 0
+    assert run(output, "--pretrained", str(start)) == 0
+    assert torch.equal(weight(output / "ckpt_epoch_1.pth"), whole)
+    assert f"start        {output / 'ckpt_epoch_0.pth'}, resumed\n" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"start\.pt"):
+        run(output, "--pretrained", str(start), TRAIN__AUTO_RESUME=False)
+
+
+def recorded_of_another_start(tmp_path: Path) -> float:
+    assert run(tmp_path / "from zero", TRAIN__MAX_STEPS=1) == 0
+    return recorded(tmp_path / "from zero", "train/loss_mse")[0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--throughput"]])
+def test_a_start_that_is_missing_is_found_before_anything_is_written(flags: list[str], tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        run(tmp_path / "run", "--pretrained", str(tmp_path / "nothing.pt"), *flags)
+    assert {path.name for path in (tmp_path / "run").glob("*")} <= {"log_rank0.txt", ".train.lock"}
+
+
+# The plan -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_is_printed_and_nothing_written(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -169,7 +227,24 @@ def test_the_plan_is_printed_and_nothing_written(tmp_path: Path, capsys: pytest.
     assert "steps        2 an epoch, 2 epochs, effective batch 4 = 2 x 1 processes x 2 accumulated" in text
     assert "rate         0.1 at its highest, cosine" in text
     assert "for 2 checkpoints" in text and "time         0:00:0" in text
+    assert "start        random weights" in text
     assert not output.exists()
+    assert BUILT[-1]  # so that a stage, too, can keep from writing
+
+
+def test_pictures_left_out_are_listed_as_long_as_there_are_some(tmp_path: Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "run"
+    assert run(output, "--dry-run", LACKING=2) == 0
+    text = capsys.readouterr().out
+    assert "left out     2 (no annotation)\n" in text and "left_out.txt" not in text
+    assert run(output, LACKING=2, TRAIN__MAX_STEPS=1) == 0
+    assert not BUILT[-1]
+    assert "left out     2 (no annotation); see left_out.txt in the output" in capsys.readouterr().out
+    assert (output / "left_out.txt").read_text() == "toy_8\tno annotation\ntoy_9\tno annotation\n"
+    assert run(output, "--dry-run") == 0
+    assert (output / "left_out.txt").exists()
+    assert run(output, TRAIN__MAX_STEPS=2) == 0
+    assert not (output / "left_out.txt").exists()
 
 
 def test_throughput_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):

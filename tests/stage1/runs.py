@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def teacher_arguments(teacher: Path, data: Path, output: Path, *flags: str, **op
     """Arguments of the export; `opts` are config keys with `__` for the dot."""
     config = ROOT / "stage1/configs/teacher/sam3_tiny.yaml"
     opts = {"MODEL__RESUME": teacher, "DATA__NUM_WORKERS": 0, "DATA__BATCH_SIZE": 3, **opts}
-    return _arguments(config, data, output, flags, opts)
+    return command_line(config, data, output, flags, opts)
 
 
 def student_arguments(exported: Path, data: Path, output: Path, *flags: str, **opts: Any) -> list[str]:
@@ -38,10 +39,11 @@ def student_arguments(exported: Path, data: Path, output: Path, *flags: str, **o
         "PRINT_FREQ": 1,
         **opts,
     }
-    return _arguments(config, data, output, flags, opts)
+    return command_line(config, data, output, flags, opts)
 
 
-def _arguments(config: Path, data: Path, output: Path, flags: tuple[str, ...], opts: dict[str, Any]) -> list[str]:
+def command_line(config: Path, data: Path, output: Path, flags: Sequence[str], opts: Mapping[str, Any]) -> list[str]:
+    """Arguments of a program of any stage; `opts` are config keys with `__` for the dot."""
     pairs = [str(item) for key, value in opts.items() for item in (key.replace("__", "."), value)]
     return ["--cfg", str(config), "--data-path", str(data), "--output", str(output), *flags, "--opts", *pairs]
 

@@ -64,7 +64,7 @@ def test_a_batch_without_any_readable_picture_changes_nothing(
         del opts["DISTILL__TEACHER_CHECKPOINT"]
     assert train(exported, data, tmp_path / "run", **opts) == 0
     assert max(metrics(tmp_path / "run", "train/skipped_steps")) == 0
-    assert capsys.readouterr().out.count("left out (picture 1 that cannot be read): ") == 1
+    assert capsys.readouterr().out.count("left out (picture 1 that cannot be used): ") == 1
 
 
 def test_a_shard_cut_in_the_middle_names_it(exported: Path, sa1b: Path, tmp_path: Path):

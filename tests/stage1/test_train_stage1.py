@@ -173,15 +173,29 @@ def test_evaluate_prints_the_metrics_of_a_checkpoint(trained: Path, exported: Pa
 
 
 def test_evaluate_takes_the_file_that_is_named(trained: Path, exported: Path, sa1b: Path, tmp_path: Path, capsys):
-    """Also if the output folder holds a newer one."""
+    """Also if the output folder holds a newer one, which comes before weights to start from."""
     output = tmp_path / "run"
     shutil.copytree(trained, output)
     first, last = metrics(trained, "val/mse")
-    for flag in ("--resume", "--pretrained"):
-        assert train(exported, sa1b, output, "--eval", flag, str(output / "ckpt_epoch_0.pth")) == 0
-        assert f"val/mse {first:.5g}" in capsys.readouterr().out
-    assert train(exported, sa1b, output, "--eval") == 0
-    assert f"val/mse {last:.5g}" in capsys.readouterr().out
+    for flags, value in (
+        (["--resume", str(output / "ckpt_epoch_0.pth")], first),
+        (["--pretrained", str(output / "ckpt_epoch_0.pth")], last),
+        ([], last),
+    ):
+        assert train(exported, sa1b, output, "--eval", *flags) == 0
+        assert f"val/mse {value:.5g}" in capsys.readouterr().out
+
+
+def test_it_goes_on_without_the_weights_it_started_from(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):
+    gone = tmp_path / "gone.pth"
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+        train(exported, sa1b, tmp_path / "run", "--pretrained", str(gone))
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"log_rank0.txt", ".train.lock"}
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run/ckpt_epoch_1.pth").unlink()
+    assert train(exported, sa1b, tmp_path / "run", "--pretrained", str(gone)) == 0
+    assert_same_weights(tmp_path / "run/ckpt_epoch_1.pth", trained / "ckpt_epoch_1.pth")
 
 
 def test_pretrained_starts_from_the_weights_of_a_checkpoint(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):

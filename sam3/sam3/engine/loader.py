@@ -35,7 +35,7 @@ class PictureBatch(Protocol):
     """A dataclass of tensors, and of what the loader looks at.
 
     keys: of the pictures it holds; their number is its length. embeddings: what the teacher stored for them, or None.
-    skipped: (key, reason) of pictures that were asked for but could not be read.
+    skipped: (key, reason) of pictures that were asked for but cannot be used.
     """
 
     keys: list[str]
@@ -136,7 +136,7 @@ class PictureLoader(Generic[Batch]):
         for key, reason in batch.skipped:
             if key not in self._left_out:
                 self._left_out.add(key)
-                logger.warning(f"left out (picture {len(self._left_out)} that cannot be read): {reason}")
+                logger.warning(f"left out (picture {len(self._left_out)} that cannot be used): {reason}")
 
     def _enter_device(self) -> None:
         torch.cuda.set_device(self.device)  # page-locking in a new thread would wake GPU 0 otherwise

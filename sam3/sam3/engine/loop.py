@@ -63,8 +63,8 @@ def train(
     config, meta: plain dicts stored in them. validate(epoch, step): named results, the same on every process; called
     after each epoch with the model in eval mode, without gradients. resume: contents of a checkpoint that
     `checkpoint.check_fits` has accepted.
-    Raises StoppedBySignal after saving on SIGTERM, SIGUSR1 or Ctrl-C; ValueError for data too small for one step,
-    weights that do not fit, or `max_bad_steps` non-finite steps in a row.
+    Raises StoppedBySignal after saving on SIGTERM, SIGUSR1 or Ctrl-C, and what `validate` raises, also after saving;
+    ValueError for data too small for one step, weights that do not fit, or `max_bad_steps` non-finite steps in a row.
     """
     run = _Run(
         *(model, loader, sampler, optimizer, lr_at, settings, world),
@@ -167,7 +167,7 @@ class _Run:
         settings, at = self.settings, self.at
         complete = settings.steps_in(len(self.sampler)) == 0
         payload = self._pack(epoch_complete=complete)
-        # If a signal ends the validation, the file says that it is still to be done.
+        # If a signal or an error ends the validation, the file says that it is still to be done.
         improved = self._validate(payload and {**payload, "epoch_complete": False})
         final = at.epoch + 1 == settings.epochs or self._max_steps_done()
         if payload is not None:
@@ -262,7 +262,7 @@ class _Run:
     def _validate(self, payload: Mapping[str, Any] | None) -> bool:
         """Run the callback, if there is one; whether its best_metric is the best so far.
 
-        A signal breaks it off, and `payload` is saved.
+        A signal or an error breaks it off, and `payload` is saved: the steps before it are not to be done again.
         """
         if self.validate is None:
             return False
@@ -270,14 +270,18 @@ class _Run:
         try:
             with self.signals.interrupting(), rng.preserved(), torch.no_grad():
                 values = dict(self.validate(self.at.epoch, self.at.step))
-        except (StoppedBySignal, RuntimeError):  # RuntimeError: another process left a collective because of it
-            if not self.signals.received:
-                raise
-            self._stop(self.signals.received, payload, together=False)
+            better = self._is_best(values)
+        except (StoppedBySignal, Exception) as error:
+            # RuntimeError: another process left a collective because of the signal
+            if self.signals.received and isinstance(error, (StoppedBySignal, RuntimeError)):
+                self._stop(self.signals.received, payload, together=False)
+            if path := self._save(payload):
+                log.error(f"validation failed after step {self.at.step}; the same command goes on from {path}")
+            raise
         self.result.validation = values
         self.metrics.scalars(self.at.step, values)
         log.info(f"epoch {self.at.epoch} validation: " + ", ".join(f"{n} {v:.5g}" for n, v in values.items()))
-        return self._is_best(values)
+        return better
 
     def _is_best(self, values: Mapping[str, float]) -> bool:
         name, mode = self.settings.best_metric, self.settings.best_mode

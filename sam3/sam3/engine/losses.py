@@ -41,12 +41,17 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, reduction: str 
     `channel_mean`: sum over C, H, W of (p - t)^2 m / (C max(1, sum m)), a true mean per element.
     `channel_sum`: the same without the C below, C times as large.
     """
+    return masked_mse_per_image(prediction, target, mask, reduction).mean()
+
+
+def masked_mse_per_image(prediction: Tensor, target: Tensor, mask: Tensor, reduction: str = "channel_mean") -> Tensor:
+    """The terms of `masked_mse`, one of each image: `(B,)`; 0 where nothing is valid."""
     if reduction not in MSE_REDUCTIONS:
         raise ValueError(f"MSE reduction {reduction!r} is unknown; choose one of {', '.join(MSE_REDUCTIONS)}")
     error = (prediction.float() - target.float()).square().sum(1, keepdim=True)  # (B, 1, H, W)
     if reduction == "channel_mean":
         error = error / prediction.shape[1]
-    return _mean_over_valid(error, mask).mean()
+    return _mean_over_valid(error, mask)[:, 0]
 
 
 def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

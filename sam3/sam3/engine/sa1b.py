@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from sam3.engine.image_list import ImageList, scan_images
+
+MAX_SIDE = 65535  # of a picture: what a JPEG can state
+MIN_SIDE_PX = 1.0  # of a box
+UNKNOWN = float("nan")
 
 
 def list_sa1b(root: str | Path, split: str) -> ImageList:
@@ -42,7 +47,7 @@ def list_sa1b(root: str | Path, split: str) -> ImageList:
         annotated = _json_stems(annotations)
         items = [item for item in items if item[0] in annotated]
     if not items:
-        reason = f"; the {found} there have no JSON file in {annotations}" if found else ""
+        reason = f"; the {found} there have no JSON file in {annotations}; add the files" if found else ""
         raise FileNotFoundError(f"no pictures to use in {images}{reason}")
     prefix = f"images/{split}/"
     return ImageList.build(root, ((stem, prefix + name) for stem, name in items), found - len(items))
@@ -70,7 +75,7 @@ class ImageAnnotations:
 
     boxes: float `(N, 4)` xyxy in pixels; points: float `(N, 2)` xy in pixels, NaN where the file states none;
     areas: float `(N,)` in pixels; predicted_iou, stability_score: float `(N,)` in 0..1, NaN where not stated;
-    segmentations: as in the file, read by `runs` and `masks`. source names the file in messages.
+    segmentations: as in the file, read by `runs`. source names the file in messages.
     """
 
     source: Path
@@ -93,7 +98,9 @@ class ImageAnnotations:
             try:
                 self._runs[index] = run_lengths(self.segmentations[index], self.height, self.width)
             except Exception as error:  # pycocotools raises many types; all mean that this entry is damaged
-                raise ValueError(f"segmentation {index} of {self.source} cannot be decoded: {error}") from error
+                raise ValueError(
+                    f"segmentation {index} of {self.source} cannot be decoded: {error}; fetch the file again"
+                ) from error
         return self._runs[index]
 
     def rle(self, index: int) -> dict[str, Any]:
@@ -104,14 +111,6 @@ class ImageAnnotations:
         counts = segmentation["counts"]
         return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
 
-    def masks(self, indices: Sequence[int] | None = None) -> Tensor:
-        """Masks of the objects `indices` (default: all), bool `(len(indices), H, W)`. ValueError names a bad one."""
-        indices = range(len(self)) if indices is None else indices
-        masks = torch.zeros(len(indices), self.height, self.width, dtype=torch.bool)
-        for row, index in enumerate(indices):
-            masks[row] = torch.from_numpy(_decode_runs(self.runs(index), self.height, self.width))
-        return masks
-
 
 def read_annotations(path: str | Path) -> ImageAnnotations:
     """The annotation file at `path`; no annotations at all are fine. ValueError names a file that is damaged,
@@ -119,42 +118,86 @@ def read_annotations(path: str | Path) -> ImageAnnotations:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_bytes())
-        image = document["image"]
-        return build_annotations(path, int(image["height"]), int(image["width"]), document["annotations"])
+        text = path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no annotation file {path}; fetch it, or remove its picture") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"annotation file {path} is damaged: {reason}; fetch it again") from error
+    with _naming_damage(path):
+        document = json.loads(text)
+        image, entries = document["image"], document["annotations"]
+        height, width = image["height"], image["width"]
+        if not isinstance(entries, list):
+            raise TypeError(f"its annotations are a {type(entries).__name__}, wanted a list")
+    return build_annotations(path, height, width, entries)
 
 
 def build_annotations(source: Path, height: int, width: int, entries: Sequence[Mapping[str, Any]]) -> ImageAnnotations:
-    """From annotation entries in COCO's form (bbox xywh, segmentation), with SA-1B's extra fields where they exist."""
-    boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    unknown = float("nan")
-    points = [(entry.get("point_coords") or [[unknown, unknown]])[0] for entry in entries]
-    columns = {
-        name: torch.tensor([entry.get(name, unknown) for entry in entries], dtype=torch.float32)
-        for name in ("area", "predicted_iou", "stability_score")
-    }
-    return ImageAnnotations(
-        source=source,
-        height=height,
-        width=width,
-        boxes=boxes,
-        points=torch.tensor(points, dtype=torch.float32).reshape(-1, 2),
-        areas=columns["area"],
-        predicted_iou=columns["predicted_iou"],
-        stability_score=columns["stability_score"],
-        segmentations=[entry["segmentation"] for entry in entries],
-    )
+    """From annotation entries in COCO's form (bbox xywh, segmentation), with SA-1B's extra fields where they exist.
+
+    source names the file in messages. ValueError for sides below 1 or above MAX_SIDE and for damaged entries.
+    """
+    with _naming_damage(source):
+        boxes = _table("bbox", [entry["bbox"] for entry in entries], 4)
+        boxes[:, 2:] += boxes[:, :2]
+        # SA-1B lists the points that its mask was made with; one was enough.
+        points = [(entry.get("point_coords") or [[UNKNOWN, UNKNOWN]])[0] for entry in entries]
+        columns = {
+            name: _table(name, [entry.get(name, UNKNOWN) for entry in entries])
+            for name in ("area", "predicted_iou", "stability_score")
+        }
+        return ImageAnnotations(
+            source=source,
+            height=_side("height", height),
+            width=_side("width", width),
+            boxes=boxes,
+            points=_table("point_coords", points, 2),
+            areas=columns["area"],
+            predicted_iou=columns["predicted_iou"],
+            stability_score=columns["stability_score"],
+            segmentations=[entry["segmentation"] for entry in entries],
+        )
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask, bool `(H, W)`, from any form of segmentation; see `run_lengths`."""
-    return _decode_runs(run_lengths(segmentation, height, width), height, width)
+@contextmanager
+def _naming_damage(source: Path) -> Iterator[None]:
+    """Turns whatever a damaged file leads to into a ValueError that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"annotation file {source} is damaged: {reason}; fetch it again") from error
+
+
+def _side(name: str, value: Any) -> int:
+    if not (isinstance(value, (int, float)) and 1 <= value <= MAX_SIDE and value == int(value)):
+        raise ValueError(f"its {name} is {value!r}, wanted a whole number from 1 to {MAX_SIDE}")
+    return int(value)
+
+
+def _table(name: str, rows: Sequence[Any], *row: int) -> Tensor:
+    """One row of shape `row` for each object: float32 `(N, *row)`. ValueError if the file has another shape."""
+    table = torch.tensor(rows, dtype=torch.float32) if rows else torch.zeros(0, *row)
+    if table.shape != (len(rows), *row):
+        raise ValueError(f"its {name} have the shape {tuple(table.shape)}, wanted {(len(rows), *row)}")
+    return table
+
+
+def clip_boxes(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Boxes `(N, 4)` xyxy in pixels, cut at the edges of a picture of `image_size` `(H, W)`; NaN if not finite."""
+    height, width = image_size
+    finite = np.isfinite(boxes).all(1)
+    return np.where(finite[:, None], np.clip(boxes, 0, [width, height, width, height]), np.nan)
+
+
+def is_usable(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes `(N, 4)`, in pixels, have sides of at least MIN_SIDE_PX: bool `(N,)`; NaN has not."""
+    return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE_PX).all(1)
+
+
+def drop_outside(points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Points `(N, 2)` xy in pixels, NaN for those beyond a picture of `image_size` `(H, W)`."""
+    height, width = image_size
+    inside = ((points >= 0) & (points <= [width, height])).all(1)
+    return np.where(inside[:, None], points, np.nan)
 
 
 def run_lengths(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -195,10 +238,6 @@ def _parse_counts(counts: str | bytes) -> np.ndarray:
     for first in (1, 2):
         numbers[first::2] = np.cumsum(numbers[first::2])
     return numbers
-
-
-def _decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def sample_runs(runs: np.ndarray, height: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

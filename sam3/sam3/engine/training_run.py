@@ -34,6 +34,7 @@ from sam3.engine.rng import seed_everything
 from sam3.engine.sampler import EpochSampler
 from sam3.engine.stage_config import output_folder
 
+LEFT_OUT = "left_out.txt"
 logger = logging.getLogger("sam3.run")
 
 
@@ -41,11 +42,12 @@ def run_stage(
     argv: Sequence[str] | None,
     parser: argparse.ArgumentParser,
     load_config: Callable[[argparse.Namespace], CfgNode],
-    build: Callable[[CfgNode, World, Path], TrainingRun],
+    build: Callable[[CfgNode, World, Path, bool], TrainingRun],
 ) -> int:
     """The main program of a stage: arguments -> config -> processes, log and seed -> run. Returns the exit code.
 
-    load_config: parsed arguments -> checked config. build(config, world, output): data and model of the run.
+    load_config: parsed arguments -> checked config. build(config, world, output, dry_run): data and model of the run;
+    in a dry run it must write nothing either.
     """
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     args = parser.parse_args(argv)
@@ -54,7 +56,7 @@ def run_stage(
         output = output_folder(config)
         log.setup(None if args.dry_run else output, world.rank)
         seed_everything(config.SEED + world.rank, config.DETERMINISTIC)
-        run = build(config, world, output)
+        run = build(config, world, output, args.dry_run)
         if config.THROUGHPUT_MODE:
             return run.throughput()
         if args.dry_run:
@@ -84,10 +86,12 @@ class TrainingRun:
     trained and that checkpoints hold. make_loader(): batches of the train pictures, those of `sampler`.
     make_validator(metrics): the callable that the loop calls after each epoch; None without a val split. best_metric,
     best_mode: which of its results ckpt_best.pth follows ("": none), and whether `min` or `max` is best.
-    load_weights(path): puts the weights of a file into the student, for EVAL_MODE.
+    load_weights(path): puts the weights of a file into the student, for EVAL_MODE. start_from(): puts in those that
+    training begins with, MODEL.PRETRAINED; called first of all, unless a checkpoint is resumed.
     meta: what checkpoints state; one with another meta, or another value of a config key among `resume_keys`, is not
     resumed. lines: the stage's part of the plan, name -> text. project: name at wandb. config_name: file that the
-    config is written to, `.json` or `.yaml`. left_out: reason -> pictures that take no part; left_out.txt lists them.
+    config is written to, `.json` or `.yaml`. left_out: reason -> keys of the pictures that are known to take no part;
+    left_out.txt lists them. Those that turn out to be unusable when they are loaded stand in the log only.
     """
 
     config: CfgNode
@@ -99,6 +103,7 @@ class TrainingRun:
     make_loader: Callable[[], PictureLoader]
     make_validator: Callable[[log.MetricLog], Validate] | None
     load_weights: Callable[[Path], object]
+    start_from: Callable[[], object] | None
     meta: Mapping[str, Any]
     resume_keys: Sequence[str]
     lines: Mapping[str, str]
@@ -126,14 +131,12 @@ class TrainingRun:
 
     def _train(self, argv: Sequence[str]) -> int:
         config = self.config
-        resume = self._find_resume()
+        path, resume = self._start()
         if self.world.is_main:  # only now: a refused run leaves the files of the one whose folder this is
             dump_config(config, self.output / self.config_name)
             write_env(self.output / "env.json", argv)
-            if self.left_out:
-                lines = [f"{key}\t{reason}\n" for reason, keys in self.left_out.items() for key in keys]
-                write_text(self.output / "left_out.txt", "".join(lines))
-        self._describe()
+            self._list_left_out()
+        self._describe(path)
         with log.MetricLog(
             self.output,
             enabled=self.world.is_main,
@@ -162,17 +165,30 @@ class TrainingRun:
         logger.info(f"finished {result.position.epoch} epochs, {result.position.step} steps; see {self.output}")
         return 0
 
-    def _find_resume(self) -> Mapping[str, Any] | None:
-        """The checkpoint to go on from, if there is one; ValueError if it is another run's."""
+    def _list_left_out(self) -> None:
+        path = self.output / LEFT_OUT
+        if self.left_out:
+            lines = [f"{key}\t{reason}\n" for reason, keys in self.left_out.items() for key in keys]
+            write_text(path, "".join(lines))
+        else:
+            path.unlink(missing_ok=True)  # of a run before the data set was completed
+
+    def _start(self) -> tuple[Path | None, Mapping[str, Any] | None]:
+        """Path and contents of the checkpoint to go on from; without one the student gets the weights to start from.
+
+        ValueError if it is another run's.
+        """
         config, path = self.config, None
         if self.world.is_main:
             path = checkpoint.resume_path(self.output, config.MODEL.RESUME, config.TRAIN.AUTO_RESUME)
         path = distributed.broadcast_object(path)
         if path is None:
-            return None
+            if self.start_from is not None:
+                self.start_from()
+            return None, None
         resume = checkpoint.load(path)
         checkpoint.check_fits(resume, path, meta=self.meta, config=to_dict(config), config_keys=self.resume_keys)
-        return resume
+        return path, resume
 
     def _lr_scale(self) -> float:
         config = self.config
@@ -184,21 +200,32 @@ class TrainingRun:
     # Other things to do -----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> int:
-        """Validate the weights of MODEL.RESUME or MODEL.PRETRAINED, or the newest in OUTPUT, once."""
+        """Validate once: the weights of MODEL.RESUME, else the newest in OUTPUT, else those of MODEL.PRETRAINED."""
         if self.make_validator is None:
             raise ValueError(f"there is no val split in {self.config.DATA.DATA_PATH} to evaluate on")
-        named = self.config.MODEL.RESUME or self.config.MODEL.PRETRAINED
-        path = Path(named) if named not in ("", "auto") else checkpoint.newest(self.output)
-        if path is None:
-            raise ValueError(f"no checkpoint in {self.output} to evaluate; pass one with --resume or --pretrained")
+        path = self._find_evaluated()
         self.load_weights(path)
         self.distiller.eval()
         values = self.make_validator(log.MetricLog(None))(0, 0)
         logger.info(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
         return 0
 
+    def _find_evaluated(self) -> Path:
+        resume, pretrained = self.config.MODEL.RESUME, self.config.MODEL.PRETRAINED
+        if resume not in ("", "auto"):
+            return Path(resume)
+        path = checkpoint.newest(self.output)
+        if path is None and (resume == "auto" or not pretrained):
+            raise ValueError(f"no checkpoint in {self.output} to evaluate; pass one with --resume or --pretrained")
+        if path is None:
+            return Path(pretrained)
+        if pretrained:
+            logger.info(f"evaluating {path}, not {pretrained}; --resume {pretrained} evaluates the latter")
+        return path
+
     def throughput(self) -> int:
         """Time training steps on the first batch, without loading more and without saving anything."""
+        self._start()
         batch = next(repeated(self.make_loader()), None)
         if batch is None:
             raise ValueError(f"no picture in {self.config.DATA.DATA_PATH} can be read")
@@ -212,7 +239,7 @@ class TrainingRun:
     def dry_run(self) -> int:
         """Print the plan: pictures, steps, learning rate, disk, and the time from a few timed steps."""
         train = self.config.TRAIN
-        self._describe()
+        self._describe(self._start()[0], written=False)
         count, size = self._checkpoints()
         missing = max(0, count - len(checkpoint.listed(self.output)))
         require_free_space(self.output, missing * size, f"an output of {count} checkpoints")
@@ -239,7 +266,8 @@ class TrainingRun:
         kept = self.config.KEEP_LAST or -(-self.config.TRAIN.EPOCHS // self.config.SAVE_FREQ)
         return kept, 3 * 4 * sum(p.numel() for p in self.saved.parameters())
 
-    def _describe(self) -> None:
+    def _describe(self, resumed: Path | None, written: bool = True) -> None:
+        """Log the plan. resumed: the checkpoint that the run goes on from. written: False if it leaves no files."""
         config, processes = self.config, distributed.planned_world_size()
         trained = sum(p.numel() for p in self.saved.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in self.saved.parameters() if not p.requires_grad)
@@ -248,8 +276,9 @@ class TrainingRun:
         plan = {
             "student": f"{config.MODEL.NAME} ({config.MODEL.BACKBONE}), {trained:,} parameters trained, {frozen:,} "
             f"frozen",
+            "start": f"{resumed}, resumed" if resumed else config.MODEL.PRETRAINED or "random weights",
             **self.lines,
-            **self._left_out_line(),
+            **self._left_out_line(written),
             "steps": f"{self.steps_per_epoch} an epoch, {config.TRAIN.EPOCHS} epochs, effective batch {effective} = "
             f"{config.DATA.BATCH_SIZE} x {processes} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated",
             "rate": f"{config.TRAIN.BASE_LR * self._lr_scale():.3g} at its highest, {config.TRAIN.LR_SCHEDULER.NAME}",
@@ -260,11 +289,11 @@ class TrainingRun:
         for name, text in plan.items():
             logger.info(_line(name, text))
 
-    def _left_out_line(self) -> dict[str, str]:
+    def _left_out_line(self, written: bool) -> dict[str, str]:
         if not self.left_out:
             return {}
         counts = ", ".join(f"{len(keys)} ({reason})" for reason, keys in self.left_out.items())
-        return {"left out": f"{counts}; see left_out.txt in the output"}
+        return {"left out": f"{counts}; see {LEFT_OUT} in the output" if written else counts}
 
 
 def _line(name: str, text: str) -> str:
