@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -231,17 +232,22 @@ def compare(
 
 
 def _prompts(annotations: Path, image_size: tuple[int, int], preprocess: Preprocess, count: int) -> dict[str, Tensor]:
-    """Boxes `(P, 4)` xyxy of the largest masks, and the points `(P, 2)` of those that have one, in 0..1 of the model's
-    square; none without annotations."""
+    """Boxes `(P, 4)` xyxy of the largest masks, cut at the picture's edges, and the points `(P, 2)` of those that have
+    one in the picture, in 0..1 of the model's square; none without annotations.
+
+    An object whose box does not span a pixel of the picture counts for neither. ValueError names a damaged file.
+    """
     if not annotations.exists():
         return {}
     found = sa1b.read_annotations(annotations)
-    largest = found.areas.argsort(descending=True)[:count]
-    points = found.points[largest]
-    points = points[points.isfinite().all(1)]
+    boxes = sa1b.clip_boxes(found.boxes.double().numpy(), image_size)
+    rows = np.flatnonzero(sa1b.is_usable(boxes))
+    largest = rows[np.argsort(-found.areas.numpy()[rows], kind="stable")][:count]
+    points = sa1b.drop_outside(found.points.double().numpy()[largest], image_size)
+    pixels = {"box": boxes[largest], "point": points[~np.isnan(points[:, 0])]}
     return {
-        "box": preprocess.coords_to_input(found.boxes[largest], image_size),
-        "point": preprocess.coords_to_input(points, image_size),
+        kind: preprocess.coords_to_input(torch.from_numpy(coords), image_size).float()
+        for kind, coords in pixels.items()
     }
 
 
@@ -254,14 +260,15 @@ def _prompt(kind: str, coords: Tensor) -> Prompt:
 
 def table(summaries: list[dict], counts: dict[str, int]) -> str:
     """The figures as aligned lines; counts: prompts of each kind."""
+    width = max(24, *(len(s["name"]) for s in summaries))
     titles = "".join(f"{kind + ' IoU':>11}" for kind in KINDS)
-    head = f"{'model':<24}{'cosine':>9}{'5th pct':>9}{titles}{'trunk':>11}{'trunk ms':>10}{'file':>11}"
+    head = f"{'model':<{width}}{'cosine':>9}{'5th pct':>9}{titles}{'trunk':>11}{'trunk ms':>10}{'file':>11}"
     lines = [head, "-" * len(head)]
     for s in summaries:
         values = [s[f"{kind}_iou"] for kind in KINDS]
         ious = "".join(f"{'-' if value is None else f'{value:.3f}':>11}" for value in values)
         lines.append(
-            f"{s['name']:<24}{s['cosine']:>9.4f}{s['cosine_p5']:>9.4f}{ious}{s['trunk_parameters'] / 1e6:>10.2f}M"
+            f"{s['name']:<{width}}{s['cosine']:>9.4f}{s['cosine_p5']:>9.4f}{ious}{s['trunk_parameters'] / 1e6:>10.2f}M"
             f"{s['trunk_ms']:>10.1f}{human_bytes(s['file_bytes']):>11}"
         )
     asked = " and ".join(f"{count} prompts by {kind}" for kind, count in counts.items())

@@ -10,7 +10,11 @@ from yacs.config import CfgNode
 
 from sam3.engine import config as engine_config
 from sam3.engine import stage_config
+from sam3.engine.distributed import choose_device
 from sam3.engine.losses import MSE_REDUCTIONS
+from stage1_geometry_finetune.model import MASK_TARGETS
+from stage1_geometry_finetune.prompts import LAYOUTS, POINT_SOURCES
+from stage1_geometry_finetune.query_selection import RULES
 
 FLAGS: dict[str, engine_config.FlagAction] = {
     **engine_config.SHARED_FLAGS,
@@ -22,11 +26,11 @@ FLAGS: dict[str, engine_config.FlagAction] = {
 CHOICES = {
     "DATA.DATASET": ("sa1b",),
     "DISTILL.MSE_REDUCTION": MSE_REDUCTIONS,
-    "DISTILL.MASK_TARGET": ("soft", "hard"),
-    "DISTILL.PROMPT_LAYOUT": ("per_object", "per_image"),
+    "DISTILL.MASK_TARGET": MASK_TARGETS,
+    "DISTILL.PROMPT_LAYOUT": LAYOUTS,
     "DISTILL.TEXT_PROMPT": ("visual", "none"),
-    "DISTILL.POINT_SOURCE": ("annotation", "mask"),
-    "DISTILL.SELECT_BY": ("score", "box_iou", "mask_iou"),
+    "DISTILL.POINT_SOURCE": POINT_SOURCES,
+    "DISTILL.SELECT_BY": RULES,
 }
 
 
@@ -60,8 +64,8 @@ CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
     ),
     "DISTILL.ITER_ON_BOX": (_refines, "with DISTILL.DECODE_ITERS above 1"),
     "DISTILL.TEACHER_MASK_THRESHOLD": (
-        lambda c: _refines(c) or c.DISTILL.MASK_TARGET == "hard",
-        "with DISTILL.DECODE_ITERS above 1 or DISTILL.MASK_TARGET hard",
+        lambda c: _refines(c) or c.DISTILL.MASK_TARGET == "hard" or c.DISTILL.SELECT_BY == "mask_iou",
+        "with DISTILL.DECODE_ITERS above 1, DISTILL.MASK_TARGET hard or DISTILL.SELECT_BY mask_iou",
     ),
 }
 RETIRED = {
@@ -109,59 +113,9 @@ def geometry_defaults() -> CfgNode:
     # Weights whose frozen heads judge the student: the file that the stored embeddings come from.
     c.MODEL.SAM3_CHECKPOINT = "sam3_checkpoints/sam3.pt"
 
-    # Channels and side of the teacher's grid; must match the stored embeddings.
     c.DISTILL = CfgNode()
-    c.DISTILL.EMBED_DIM = 1024
-    c.DISTILL.EMBED_SIZE = 72
-    # Folder that Stage 1 wrote.
-    c.DISTILL.TEACHER_EMBED_PATH = "output/stage1_teacher/embeddings"
-    # Check the CRC of every record that is read.
-    c.DISTILL.VERIFY_CRC = False
-    # Loss = EMBEDDING_LOSS_WEIGHT MSE + MASK_BCE_WEIGHT BCE + MASK_DICE_WEIGHT dice + MASK_FOCAL_WEIGHT focal.
-    c.DISTILL.EMBEDDING_LOSS_WEIGHT = 1.5  # with MSE_REDUCTION channel_sum: 0.0015
-    c.DISTILL.MASK_BCE_WEIGHT = 1.0
-    c.DISTILL.MASK_DICE_WEIGHT = 1.0
-    c.DISTILL.MASK_FOCAL_WEIGHT = 0.0
-    # channel_mean: MSE per element. channel_sum: per pixel, EMBED_DIM times as large (the public code's scale).
-    c.DISTILL.MSE_REDUCTION = "channel_mean"
-    # What the student's mask is compared with. soft: the teacher's probabilities. hard: where its logit is above
-    # TEACHER_MASK_THRESHOLD.
-    c.DISTILL.MASK_TARGET = "soft"
-    # Divides the mask logits of teacher and student in the losses.
-    c.DISTILL.TEMPERATURE = 1.0
-    # What an object is prompted with: its box, its point, or both at once.
-    c.DISTILL.USE_BOX_PROMPTS = True
-    c.DISTILL.USE_POINT_PROMPTS = True
-    # Draw for each prompt whether it is a box or a point instead of giving both; PROB_BOX is the share of boxes.
-    c.DISTILL.PROMPT_MIX = False
-    c.DISTILL.PROMPT_MIX_PROB_BOX = 0.5
-    # annotation: the annotated point. mask: any pixel of the annotated mask.
-    c.DISTILL.POINT_SOURCE = "annotation"
-    # At most so many objects of a picture, drawn anew in every epoch.
-    c.DISTILL.MAX_PROMPTS = 16
-    # True: the same objects, jitter and points in every epoch.
-    c.DISTILL.NO_RAND = False
-    # per_object: each object is a prompt of its own. per_image: all objects together are one prompt, as the public code
-    # has it, though SAM3 takes several boxes for examples of one thing.
-    c.DISTILL.PROMPT_LAYOUT = "per_object"
-    # visual: the phrase that SAM3 itself puts beside boxes and points. none: no text at all, as the public code has it.
-    c.DISTILL.TEXT_PROMPT = "visual"
-    # True: compare the mask of one query, the best by SELECT_BY; False: the masks of all queries.
-    c.DISTILL.SELECT_BEST_MASK = True
-    # score: the teacher's highest score. box_iou, mask_iou: the teacher's box or mask nearest to the annotated one.
-    c.DISTILL.SELECT_BY = "score"
-    # Passes through the decoder; after each but the last, points are added where student and teacher disagree.
-    c.DISTILL.DECODE_ITERS = 1
-    # Points added a time: a fixed number or, if MAX is above 0, a whole number drawn from MIN to MAX.
-    c.DISTILL.POINTS_PER_REFINE_ITER = 0
-    c.DISTILL.POINTS_PER_REFINE_ITER_MIN = 1
-    c.DISTILL.POINTS_PER_REFINE_ITER_MAX = 0
-    # False: prompts that are a box alone get one pass only.
-    c.DISTILL.ITER_ON_BOX = True
-    # Mask logit above which the teacher's (and for refinement the student's) mask counts as object.
-    c.DISTILL.TEACHER_MASK_THRESHOLD = 0.0
-    # Prompts that go through the frozen heads at once: more is faster and takes more memory.
-    c.DISTILL.PROMPT_CHUNK = 4
+    _add_losses(c.DISTILL)
+    _add_prompts(c.DISTILL)
 
     c.TRAIN.EPOCHS = 50
     c.TRAIN.WARMUP_EPOCHS = 5
@@ -173,7 +127,7 @@ def geometry_defaults() -> CfgNode:
     c.TRAIN.CLIP_GRAD = 1.0
     c.TRAIN.ACCUMULATION_STEPS = 4
     # Here: keep nothing of the frozen heads' activations but a chunk's masks; the backward pass computes them again.
-    # Without it, every prompt keeps about 1.5 GB at full size until the backward pass.
+    # Without it, every prompt keeps about 1.4 GiB at full size in float32 until the backward pass.
     c.TRAIN.USE_CHECKPOINT = True
 
     # Load the checkpoint, validate once, and end.
@@ -181,6 +135,67 @@ def geometry_defaults() -> CfgNode:
     # Time training steps on the first batch, print pictures per second, and end.
     c.THROUGHPUT_MODE = False
     return c
+
+
+def _add_losses(distill: CfgNode) -> None:
+    """Embeddings, and what is compared."""
+    # Channels and side of the teacher's grid; must match the stored embeddings.
+    distill.EMBED_DIM = 1024
+    distill.EMBED_SIZE = 72
+    # Folder that Stage 1 wrote.
+    distill.TEACHER_EMBED_PATH = "output/stage1_teacher/embeddings"
+    # Check the CRC of every record that is read.
+    distill.VERIFY_CRC = False
+    # Loss = EMBEDDING_LOSS_WEIGHT MSE + MASK_BCE_WEIGHT BCE + MASK_DICE_WEIGHT dice + MASK_FOCAL_WEIGHT focal.
+    distill.EMBEDDING_LOSS_WEIGHT = 1.5  # with MSE_REDUCTION channel_sum: 0.0015
+    distill.MASK_BCE_WEIGHT = 1.0
+    distill.MASK_DICE_WEIGHT = 1.0
+    distill.MASK_FOCAL_WEIGHT = 0.0
+    # channel_mean: MSE per element. channel_sum: per pixel, EMBED_DIM times as large (the public code's scale).
+    distill.MSE_REDUCTION = "channel_mean"
+    # What the student's mask is compared with. soft: the teacher's probabilities. hard: where its logit is above
+    # TEACHER_MASK_THRESHOLD.
+    distill.MASK_TARGET = "soft"
+    # Divides the mask logits of teacher and student in the losses.
+    distill.TEMPERATURE = 1.0
+    # True: compare the mask of one query, the best by SELECT_BY; False: the masks of all queries.
+    distill.SELECT_BEST_MASK = True
+    # score: the teacher's highest score. box_iou, mask_iou: the teacher's box or mask nearest to the annotated one.
+    distill.SELECT_BY = "score"
+
+
+def _add_prompts(distill: CfgNode) -> None:
+    """What is asked of the heads, and how often."""
+    # What an object is prompted with: its box, its point, or both at once.
+    distill.USE_BOX_PROMPTS = True
+    distill.USE_POINT_PROMPTS = True
+    # Draw for each prompt whether it is a box or a point instead of giving both; PROB_BOX is the share of boxes.
+    distill.PROMPT_MIX = False
+    distill.PROMPT_MIX_PROB_BOX = 0.5
+    # annotation: the annotated point. mask: any pixel of the annotated mask.
+    distill.POINT_SOURCE = "annotation"
+    # At most so many objects of a picture, drawn anew in every epoch.
+    distill.MAX_PROMPTS = 16
+    # True: the same objects, jitter and points in every epoch.
+    distill.NO_RAND = False
+    # per_object: each object is a prompt of its own. per_image: all objects together are one prompt, as the public code
+    # has it, though SAM3 takes several boxes for examples of one thing.
+    distill.PROMPT_LAYOUT = "per_object"
+    # visual: the phrase that SAM3 itself puts beside boxes and points. none: no text at all, as the public code has it.
+    distill.TEXT_PROMPT = "visual"
+    # Passes through the decoder; after each but the last, points are added where student and teacher disagree.
+    distill.DECODE_ITERS = 1
+    # Points added a time: a fixed number or, if MAX is above 0, a whole number drawn from MIN to MAX.
+    distill.POINTS_PER_REFINE_ITER = 0
+    distill.POINTS_PER_REFINE_ITER_MIN = 1
+    distill.POINTS_PER_REFINE_ITER_MAX = 0
+    # False: prompts that are a box alone get one pass only.
+    distill.ITER_ON_BOX = True
+    # Mask logit above which a mask counts as object: in hard targets, between two passes, for SELECT_BY mask_iou.
+    # Validation then measures masks at this threshold too.
+    distill.TEACHER_MASK_THRESHOLD = 0.0
+    # Prompts that go through the frozen heads at once: more is faster and takes more memory.
+    distill.PROMPT_CHUNK = 4
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -204,6 +219,11 @@ def load(args: argparse.Namespace) -> CfgNode:
     stage_config.check_numbers(config)
     _check_numbers(config)
     _check_prompts(config)
+    if config.DETERMINISTIC and choose_device(config.DEVICE).type != "cpu":
+        raise ValueError(
+            "DETERMINISTIC cannot hold here on an accelerator: the gradients of sampling points and pooling boxes from "
+            "features sum in any order; leave --deterministic out, or train with --device cpu"
+        )
     return config
 
 

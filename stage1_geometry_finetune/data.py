@@ -158,12 +158,13 @@ class GeometryDataset:
         return (prompts, masks), self.preprocess.fit_into(image, out)
 
     def _no_prompts(self, annotations: ImageAnnotations) -> str:
+        advice = "" if self.skip_bad else f"; {LEAVE_OUT}"
         if not len(annotations):
-            return f"annotation file {annotations.source} lists no objects; {LEAVE_OUT}"
+            return f"annotation file {annotations.source} lists no objects{advice}"
         point = "" if self.sampling.use_boxes else ", and a point"
         return (
             f"none of the {len(annotations)} objects in {annotations.source} can be a prompt (wanted: a box inside the "
-            f"picture with sides of at least 1 pixel{point}); {LEAVE_OUT}"
+            f"picture with sides of at least 1 pixel{point}){advice}"
         )
 
     def read_embeddings(

@@ -204,7 +204,9 @@ class FrozenPath:
         return self.heads.predict_masks(out, queries)["pred_masks"]
 
 
-def visual_text_features(sam3_checkpoint: str | Path, sha256: str, folder: str | Path) -> dict[str, Tensor]:
+def visual_text_features(
+    sam3_checkpoint: str | Path, sha256: str, folder: str | Path, store: bool = True
+) -> dict[str, Tensor]:
     """What SAM3's text encoder makes of the phrase that stands beside boxes and points, for `FrozenPath`.
 
     Computed once and stored beside the checkpoint or, where that place cannot be written to, in `folder`; later calls
@@ -212,6 +214,7 @@ def visual_text_features(sam3_checkpoint: str | Path, sha256: str, folder: str |
 
     Args:
         sha256: of the checkpoint.
+        store: False writes nothing, as a dry run must, and computes them if no file has them yet.
 
     Raises:
         ValueError: a stored file of another checkpoint or shape; a checkpoint without its text encoder.
@@ -223,6 +226,8 @@ def visual_text_features(sam3_checkpoint: str | Path, sha256: str, folder: str |
             if place.is_file():
                 return _read_text(place, sha256)
         text = encode_phrase(sam3_checkpoint, VISUAL_PROMPT)
+        if not store:
+            return text
         meta = {"phrase": VISUAL_PROMPT, "sam3_sha256": sha256}
         try:
             save_weights(places[0], text, meta)

@@ -24,14 +24,17 @@ from sam3.engine.losses import (
     mask_targets,
     masked_cosine_per_image,
     masked_mse,
+    masked_mse_per_image,
 )
 from sam3.engine.metrics import mask_iou
 from sam3.transforms import Preprocess
 from stage1_geometry_finetune.data import GeometryBatch
 from stage1_geometry_finetune.frozen_path import Entry, FrozenPath, PromptRows
-from stage1_geometry_finetune.query_selection import best_box, best_mask, best_score
+from stage1_geometry_finetune.prompts import LAYOUTS
+from stage1_geometry_finetune.query_selection import RULES, best_box, best_mask, best_score
 from stage1_geometry_finetune.refinement import sample_error_points
 
+MASK_TARGETS = ("soft", "hard")
 MASK_LOSSES = {"bce": mask_bce, "dice": mask_dice, "focal": mask_focal}
 
 Features = list[dict[str, Any]]  # of each image, see `FrozenPath.features`
@@ -113,6 +116,16 @@ class GeometryDistiller(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        given = (
+            ("mask_target", mask_target, MASK_TARGETS),
+            ("layout", layout, LAYOUTS),
+            ("select_by", select_by, RULES),
+        )
+        for name, value, allowed in given:
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        if layout == "per_image" and select_best_mask and select_by != "score":
+            raise ValueError(f"select_by {select_by!r} needs one object a prompt, but the layout is {layout!r}")
         self.student_trunk = student
         self.frozen = frozen
         self.preprocess = preprocess
@@ -146,14 +159,12 @@ class GeometryDistiller(nn.Module):
     def evaluate(self, batch: GeometryBatch) -> Evaluation:
         """Every object of a batch that is not empty, by its box and, unless its kind is "box", by its point."""
         student, teacher, valid = self._grids(batch)
-        rows = zip(student, teacher, valid, strict=True)
-        mse = torch.stack([masked_mse(s[None], t[None], v[None]) for s, t, v in rows])
         seen = self.frozen.features(student), self.frozen.features(teacher)
         listed = [(i, j, kind) for i, kinds in enumerate(batch.kinds) for j, kind in enumerate(kinds)]
         by_box = [(i, j, "box") for i, j, _ in listed]
         by_point = [(i, j, "point") for i, j, kind in listed if kind != "box"]
         return Evaluation(
-            mse,
+            masked_mse_per_image(student, teacher, valid),
             masked_cosine_per_image(student, teacher, valid),
             box=self._compare(batch, by_box, *seen) if by_box else None,
             point=self._compare(batch, by_point, *seen) if by_point else None,

@@ -19,14 +19,13 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from sam3.engine.sa1b import ImageAnnotations, pixel_of_runs
+from sam3.engine.sa1b import ImageAnnotations, clip_boxes, drop_outside, is_usable, pixel_of_runs
 from sam3.transforms import Preprocess
 
 LAYOUTS = ("per_object", "per_image")
 POINT_SOURCES = ("annotation", "mask")
 JITTER_SHARE = 0.1  # of the box's side: one standard deviation
 JITTER_LIMIT_PX = 20.0
-MIN_SIDE_PX = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,37 @@ class PromptSampling:
     refine_points_max: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_prompts < 1 or self.decode_iters < 1:
-            raise ValueError(f"max_prompts (={self.max_prompts}), decode_iters (={self.decode_iters}) must be positive")
-        if not (self.use_boxes or self.use_points):
-            raise ValueError("use_boxes and use_points are both False; prompts need one of them")
-        if self.prompt_mix and not (self.use_boxes and self.use_points):
-            raise ValueError("prompt_mix draws between boxes and points and needs use_boxes and use_points")
-        if self.layout not in LAYOUTS or self.point_source not in POINT_SOURCES:
-            raise ValueError(f"layout {self.layout!r} must be one of {LAYOUTS}, point_source one of {POINT_SOURCES}")
-        if self.refine_points < 0 or (
-            self.refine_points_max and not 0 < self.refine_points_min <= self.refine_points_max
+        """ValueError for what cannot work, in terms of the config's keys."""
+        for name, value, low in (
+            ("MAX_PROMPTS", self.max_prompts, 1),
+            ("DECODE_ITERS", self.decode_iters, 1),
+            ("POINTS_PER_REFINE_ITER", self.refine_points, 0),
+            ("POINTS_PER_REFINE_ITER_MAX", self.refine_points_max, 0),
         ):
+            if value < low:
+                raise ValueError(f"DISTILL.{name} must be at least {low}, got {value}")
+        if self.refine_points_max and not 1 <= self.refine_points_min <= self.refine_points_max:
             raise ValueError(
-                f"refine_points (={self.refine_points}) must not be negative, and 1 <= refine_points_min "
-                f"(={self.refine_points_min}) <= refine_points_max (={self.refine_points_max})"
+                f"DISTILL.POINTS_PER_REFINE_ITER_MIN is {self.refine_points_min} and _MAX {self.refine_points_max}; "
+                "wanted 1 <= MIN <= MAX"
             )
+        for name, value in (("DISTILL.PROMPT_MIX_PROB_BOX", self.prob_box), ("DATA.MASK_NMS", self.mask_nms)):
+            if value is not None and not 0 <= value <= 1:  # NaN neither
+                raise ValueError(f"{name} is a share in 0..1, got {value}")
+        self._check_kinds()
+        _check_limits(self.filter_by_area)
+
+    def _check_kinds(self) -> None:
+        if not (self.use_boxes or self.use_points):
+            raise ValueError("DISTILL.USE_BOX_PROMPTS and USE_POINT_PROMPTS are both False; prompts need one of them")
+        if self.prompt_mix and not (self.use_boxes and self.use_points):
+            raise ValueError("DISTILL.PROMPT_MIX draws between DISTILL.USE_BOX_PROMPTS and USE_POINT_PROMPTS: set both")
+        for name, value, choices in (
+            ("PROMPT_LAYOUT", self.layout, LAYOUTS),
+            ("POINT_SOURCE", self.point_source, POINT_SOURCES),
+        ):
+            if value not in choices:
+                raise ValueError(f"DISTILL.{name} {value!r} is unknown; choose one of {', '.join(choices)}")
 
     @property
     def refine_shape(self) -> tuple[int, int]:
@@ -83,10 +98,17 @@ class PromptSampling:
         return (self.decode_iters - 1, points) if points else (0, 0)
 
     def for_validation(self) -> PromptSampling:
-        """The same without jitter and refinement, every object on its own with box and point, so that both can be judged."""
+        """The same without jitter and refinement, each object on its own with box and point, to judge both."""
         return replace(
             self, layout="per_object", jitter=False, use_boxes=True, use_points=True, prompt_mix=False, decode_iters=1
         )
+
+
+def _check_limits(area: Sequence[float | None]) -> None:
+    if len(area) != 2 or any(not (v is None or (isinstance(v, (int, float)) and v >= 0)) for v in area):
+        raise ValueError(f"DATA.FILTER_BY_AREA is [smallest, largest], numbers or None, got {list(area)}")
+    if None not in area and area[0] > area[1]:
+        raise ValueError(f"DATA.FILTER_BY_AREA is [smallest, largest], but {area[0]} is above {area[1]}")
 
 
 @dataclass(frozen=True)
@@ -173,18 +195,6 @@ def choose_prompts(
     )
 
 
-def clip_boxes(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Boxes `(N, 4)` xyxy in pixels, cut at the edges of a picture of `image_size` `(H, W)`; NaN if not finite."""
-    height, width = image_size
-    finite = np.isfinite(boxes).all(1)
-    return np.where(finite[:, None], np.clip(boxes, 0, [width, height, width, height]), np.nan)
-
-
-def is_usable(boxes: np.ndarray) -> np.ndarray:
-    """Which boxes `(N, 4)`, in pixels, have sides of at least one: bool `(N,)`; NaN has not."""
-    return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE_PX).all(1)
-
-
 def mask_nms(masks: Sequence[Mapping[str, Any]], threshold: float) -> list[int]:
     """Which masks to keep, in their order.
 
@@ -210,9 +220,7 @@ def object_points(annotations: ImageAnnotations, rows: np.ndarray, source: str, 
     that `pixels` (in [0, 1), one for each object of the file) points at.
     """
     if source == "annotation":
-        points = annotations.points.double().numpy()[rows]
-        inside = ((points >= 0) & (points <= [annotations.width, annotations.height])).all(1)
-        return np.where(inside[:, None], points, np.nan)
+        return drop_outside(annotations.points.double().numpy()[rows], (annotations.height, annotations.width))
     points = np.full((len(rows), 2), np.nan)
     for point, row in zip(points, rows, strict=True):
         pixel = pixel_of_runs(annotations.runs(row), annotations.height, pixels[row])

@@ -26,7 +26,7 @@ class Sources:
     """train, val: annotated pictures with an embedding; val is None without validation.
 
     teacher_meta: the store's description of the teacher, empty if it has none. left_out: reason -> keys of the pictures
-    that DATA.SKIP_BAD_IMAGES, or a store without the val split, keeps out.
+    that DATA.SKIP_BAD_IMAGES keeps out, or val pictures that lack annotations or embedding.
     """
 
     train: ImageList
@@ -67,9 +67,8 @@ class Sources:
 
 
 def build_sampling(config: CfgNode) -> PromptSampling:
-    """How the config wants prompts drawn."""
+    """How the config wants prompts drawn. ValueError names a key whose value cannot work."""
     data, distill = config.DATA, config.DISTILL
-    low, high = data.FILTER_BY_AREA
     return PromptSampling(
         max_prompts=distill.MAX_PROMPTS,
         use_boxes=distill.USE_BOX_PROMPTS,
@@ -79,7 +78,7 @@ def build_sampling(config: CfgNode) -> PromptSampling:
         layout=distill.PROMPT_LAYOUT,
         point_source=distill.POINT_SOURCE,
         jitter=data.BOX_JITTER,
-        filter_by_area=(low, high),
+        filter_by_area=tuple(data.FILTER_BY_AREA),
         sort_by_area=data.SORT_BY_AREA,
         mask_nms=data.MASK_NMS if data.LOAD_GT_MASK else None,
         decode_iters=distill.DECODE_ITERS,
@@ -92,9 +91,9 @@ def build_sampling(config: CfgNode) -> PromptSampling:
 def open_sources(config: CfgNode) -> Sources:
     """List the pictures and open the store.
 
-    Raises FileNotFoundError if there are no pictures or no store; ValueError for pictures without an annotation file or
-    an embedding (with DATA.SKIP_BAD_IMAGES those are left out), for a store that was written otherwise than the config
-    says or with augmentation, and if the processes of the run do not see the same.
+    Raises FileNotFoundError if there are no pictures or no store; ValueError for train pictures without an annotation
+    file or an embedding (with DATA.SKIP_BAD_IMAGES, and in the val split, those are left out), for a store that was
+    written otherwise than the config says or with augmentation, and if the processes of the run do not see the same.
     """
     left_out: dict[str, list[str]] = {}
 
@@ -116,24 +115,30 @@ def open_sources(config: CfgNode) -> Sources:
 
 
 def _list_annotated(config: CfgNode, split: str, left_out: dict[str, list[str]]) -> ImageList:
-    """The pictures of `split` that have an annotation file; the others are refused or noted in `left_out`."""
-    pictures, annotations = (Path(config.DATA.DATA_PATH) / name / split for name in ("images", "annotations"))
-    if pictures.is_dir():  # else `list_sa1b` has a message
-        if not annotations.is_dir():
-            raise ValueError(
-                f"no folder {annotations}: prompts come from SA-1B's annotation files; put <key>.json of every picture "
-                f"there with data/reorg_sa1b.py"
-            )
-        if lacking := list_unannotated(config.DATA.DATA_PATH, split):
-            found = (
-                f"{len(lacking)} pictures in {pictures} have no JSON file in {annotations}: "
-                f"{list_names(lacking, coverage.NUM_NAMED)}"
-            )
-            if not config.DATA.SKIP_BAD_IMAGES:
-                raise ValueError(f"{found}; add the files, or leave them out with DATA.SKIP_BAD_IMAGES True")
-            logger.warning(f"{found}; they are left out")
-            left_out[f"{split}: no annotation file in {annotations}"] = lacking
-    return list_sa1b(config.DATA.DATA_PATH, split)
+    """The pictures of `split` that have an annotation file; the others are refused or noted in `left_out`.
+
+    As with embeddings, what the val split lacks costs a warning only.
+    """
+    root, training = config.DATA.DATA_PATH, split == "train"
+    pictures, annotations = (Path(root) / name / split for name in ("images", "annotations"))
+    images = list_sa1b(root, split)
+    if not annotations.is_dir():
+        found = f"no folder {annotations}: prompts come from SA-1B's annotation files"
+        if training:
+            raise ValueError(f"{found}; put <key>.json of every picture there with data/reorg_sa1b.py")
+        logger.warning(f"{found}, so there will be no validation")
+        return images.select(())
+    if images.skipped:
+        lacking = list_unannotated(root, split)
+        found = (
+            f"{len(lacking)} pictures in {pictures} have no JSON file in {annotations}: "
+            f"{list_names(lacking, coverage.NUM_NAMED)}"
+        )
+        if training and not config.DATA.SKIP_BAD_IMAGES:
+            raise ValueError(f"{found}; add the files, or leave them out with DATA.SKIP_BAD_IMAGES True")
+        logger.warning(f"{found}; they are left out")
+        left_out[f"{split}: no annotation file in {annotations}"] = lacking
+    return images
 
 
 def _open_store(config: CfgNode) -> EmbeddingReader:

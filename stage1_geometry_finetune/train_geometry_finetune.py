@@ -9,7 +9,7 @@ Plain `python` trains with one process. The same command goes on after an interr
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 from sam3.backbones.student import build_student
 from sam3.engine import amp
 from sam3.engine.cli import run_main
+from sam3.engine.config import leaf_keys
 from sam3.engine.distributed import World
 from sam3.engine.loader import loader_from_config, once_sampler, train_sampler
 from sam3.engine.log import MetricLog
@@ -32,15 +33,14 @@ from stage1_geometry_finetune.sources import Sources, open_sources
 from stage1_geometry_finetune.validation import Validator
 
 # A checkpoint of another run is refused if one of these differs: going on would mean something else.
+PLACES = ("DISTILL.TEACHER_EMBED_PATH", "DISTILL.VERIFY_CRC", "DISTILL.PROMPT_CHUNK")  # where and how, not what
 RESUME_KEYS = (
-    *("MODEL.BACKBONE", "DATA.DATASET", "TRAIN.OPTIMIZER.NAME", "SEED"),
+    *("MODEL.BACKBONE", "TRAIN.OPTIMIZER.NAME", "SEED"),
+    *("DATA.BOX_JITTER", "DATA.FILTER_BY_AREA", "DATA.MASK_NMS", "DATA.LOAD_GT_MASK"),
     *(
-        f"DISTILL.{name}"
-        for name in (
-            *("EMBEDDING_LOSS_WEIGHT", "MASK_BCE_WEIGHT", "MASK_DICE_WEIGHT", "MASK_FOCAL_WEIGHT", "MSE_REDUCTION"),
-            *("MASK_TARGET", "TEMPERATURE", "USE_BOX_PROMPTS", "USE_POINT_PROMPTS", "PROMPT_MIX", "PROMPT_LAYOUT"),
-            *("TEXT_PROMPT", "MAX_PROMPTS", "NO_RAND", "SELECT_BEST_MASK", "SELECT_BY", "DECODE_ITERS"),
-        )
+        key
+        for key in leaf_keys(geometry_config.geometry_defaults())
+        if key.startswith("DISTILL.") and key not in PLACES
     ),
 )
 logger = logging.getLogger("sam3.geometry")
@@ -50,14 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stage(argv, geometry_config.make_parser(__doc__), geometry_config.load, build_run)
 
 
-def build_run(config: CfgNode, world: World, output: Path) -> TrainingRun:
+def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> TrainingRun:
     """Data, then model: the order in which mistakes are cheapest to find."""
     sources = open_sources(config)
     teacher = teacher_meta(config.MODEL.SAM3_CHECKPOINT, "MODEL.SAM3_CHECKPOINT")
     check_teacher(sources.teacher_meta, teacher, config)
     sampler = train_sampler(config, len(sources.train), world)
-    distiller = build_distiller(config, world, teacher["sha256"], output)
+    distiller = build_distiller(config, world, teacher["sha256"], output, dry_run)
     preprocess = build_preprocess(config)
+
+    def load_weights(path: str | Path) -> None:
+        load_student_weights(distiller.student_trunk, path, preprocess)
 
     def make_validator(metrics: MetricLog) -> Validator:
         batches = once_sampler(len(sources.val), config.DATA.BATCH_SIZE, world)
@@ -74,7 +77,8 @@ def build_run(config: CfgNode, world: World, output: Path) -> TrainingRun:
         sampler=sampler,
         make_loader=lambda: loader_from_config(config, sources.train_dataset(config), sampler, world.device),
         make_validator=None if sources.val is None else make_validator,
-        load_weights=lambda path: load_student_weights(distiller.student_trunk, path, preprocess),
+        load_weights=load_weights,
+        start_from=lambda: load_start(config.MODEL.PRETRAINED, load_weights),
         meta={
             "backbone": config.MODEL.BACKBONE,
             "embed_dim": config.DISTILL.EMBED_DIM,
@@ -107,19 +111,33 @@ def check_teacher(stored: Mapping[str, Any], found: Mapping[str, Any], config: C
         )
 
 
-def build_distiller(config: CfgNode, world: World, teacher_sha256: str, output: Path) -> GeometryDistiller:
-    """The student, with the weights it starts from, before SAM3's frozen heads."""
-    distill, checkpoint, preprocess = config.DISTILL, config.MODEL.SAM3_CHECKPOINT, build_preprocess(config)
-    student = build_student(config.MODEL.BACKBONE, distill.EMBED_DIM, distill.EMBED_SIZE)
-    if config.MODEL.PRETRAINED:
-        load_student_weights(student, config.MODEL.PRETRAINED, preprocess)
-    else:
+def load_start(path: str, load_weights: Callable[[str], object]) -> None:
+    """Give the student Stage 1's weights; FileNotFoundError if they are not there, a warning if none are named."""
+    if not path:
         logger.warning("MODEL.PRETRAINED is empty: the student starts from random weights, not from Stage 1's")
-    text = visual_text_features(checkpoint, teacher_sha256, output) if distill.TEXT_PROMPT == "visual" else None
+    elif not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no weights {path} to start from; make them with stage1/train_stage1.py (and "
+            "stage1/convert_stage1_weights.py), or pass another checkpoint or merged model with --pretrained"
+        )
+    else:
+        load_weights(path)
+
+
+def build_distiller(
+    config: CfgNode, world: World, teacher_sha256: str, output: Path, dry_run: bool
+) -> GeometryDistiller:
+    """The student, with random weights, before SAM3's frozen heads."""
+    distill, checkpoint = config.DISTILL, config.MODEL.SAM3_CHECKPOINT
+    student = build_student(config.MODEL.BACKBONE, distill.EMBED_DIM, distill.EMBED_SIZE)
+    heads = build_sam3_heads(checkpoint, world.device)
+    text = None
+    if distill.TEXT_PROMPT == "visual":
+        text = visual_text_features(checkpoint, teacher_sha256, output, store=not dry_run)
     distiller = GeometryDistiller(
         student,
-        FrozenPath(build_sam3_heads(checkpoint, world.device), text),
-        preprocess,
+        FrozenPath(heads, text),
+        build_preprocess(config),
         embedding_weight=distill.EMBEDDING_LOSS_WEIGHT,
         bce_weight=distill.MASK_BCE_WEIGHT,
         dice_weight=distill.MASK_DICE_WEIGHT,
@@ -144,7 +162,6 @@ def plan_lines(config: CfgNode, sources: Sources, distiller: GeometryDistiller) 
     val = 0 if sources.val is None else len(sources.val)
     sizes = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parameter_table(distiller).items())
     return {
-        "start": config.MODEL.PRETRAINED or "random weights",
         "teacher": sources.describe(),
         "heads": f"{config.MODEL.SAM3_CHECKPOINT}, frozen",
         "parameters": sizes,
