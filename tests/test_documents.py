@@ -8,19 +8,25 @@ from pathlib import Path
 import pytest
 
 from sam3.backbones.student import BACKBONES
+from sam3.engine.config import leaf_keys
 from stage1.compare_models import summary
 from stage1.config import stage1_defaults
+from stage1_geometry_finetune.config import geometry_defaults
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md")
 PATH = re.compile(
-    r"(?<![\w/.-])(?:benchmarks|data|docs|sam3|scripts|stage1|tests)/[\w./-]*\w\.(?:md|py|sh|svg|txt|yaml)\b"
+    r"(?<![\w/.-])(?:benchmarks|data|docs|sam3|scripts|stage1|stage1_geometry_finetune|tests)/[\w./-]*\w\.(?:md|py|sh|svg|txt|yaml)\b"
 )
-SHARED = ("sam3/sam3/engine/cli.py", "sam3/sam3/engine/config.py", "stage1/config.py", "scripts/launch.sh")
+SHARED = (
+    *(f"sam3/sam3/engine/{name}.py" for name in ("cli", "config", "stage_config", "training_run")),
+    *("stage1/config.py", "stage1_geometry_finetune/config.py", "scripts/launch.sh"),
+)
 # Sources beside a program's own that define its flags; a launcher passes on what it does not know.
 FLAGS_FROM = {
     "save_stage1_embeddings.sh": "stage1/save_embedding_stage1.py",
     "train_stage1_student.sh": "stage1/train_stage1.py",
+    "train_geometry_finetune.sh": "stage1_geometry_finetune/train_geometry_finetune.py",
     "download_sa1b.sh": "data/download_files.py",
 }
 FOREIGN = ("pip", "torchrun", "pytest", "ruff")  # programs of others
@@ -63,12 +69,9 @@ def test_flags_of_commands_are_known_to_their_programs(document: str):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_config_keys_exist(document: str):
-    defaults = stage1_defaults()
-    for key in set(re.findall(r"\b(?:DATA|DISTILL|MODEL|TRAIN)(?:\.[A-Z_]+)+", text_of(document))):
-        node = defaults
-        for part in key.split("."):
-            assert part in node, f"{document} names {key}"
-            node = node[part]
+    known = {key for defaults in (stage1_defaults(), geometry_defaults()) for key in leaf_keys(defaults)}
+    named = set(re.findall(r"\b(?:DATA|DISTILL|MODEL|TRAIN)(?:\.[A-Z_]+)+", text_of(document)))
+    assert not named - known, f"{document} names {named - known}"
 
 
 def test_table_of_students_is_what_the_command_prints():

@@ -15,8 +15,12 @@ from tests.engine.processes import ROOT, environment
 
 TRAIN = "stage1/scripts/train_stage1_student.sh"
 SAVE = "stage1/scripts/save_stage1_embeddings.sh"
+TUNE = "stage1_geometry_finetune/scripts/train_geometry_finetune.sh"
 SCRIPTS = [Path("scripts/launch.sh"), *sorted(p.relative_to(ROOT) for p in ROOT.glob("*/scripts/*.sh"))]
-KNOBS = ("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "DEVICE", "NNODES", "NODE_RANK", "MASTER_PORT")
+KNOBS = (
+    *("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "DEVICE", "NNODES", "NODE_RANK", "MASTER_PORT"),
+    *("PRETRAINED", "SAM3_CHECKPOINT", "TEACHER_EMBED_PATH"),
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -49,6 +53,35 @@ def test_defaults():
         *("stage1/train_stage1.py", "--cfg", "stage1/configs/es_rv_m.yaml", "--data-path", "data/sa-1b"),
     ]
     assert command("stage1/scripts/save_image_embeddings.sh") == command(SAVE)
+    cfg = "stage1_geometry_finetune/configs/es_rv_m.yaml"
+    assert command(TUNE) == [
+        *("-m", "torch.distributed.run", "--nproc_per_node", "8", "--nnodes", "1", "--master_port", "29503"),
+        *("stage1_geometry_finetune/train_geometry_finetune.py", "--cfg", cfg, "--data-path", "data/sa-1b"),
+    ]
+
+
+def test_knobs_of_the_geometry_stage():
+    """What is not given is left to the config file."""
+    given = {
+        "CFG": "own.yaml",
+        "DATA_PATH": "pictures",
+        "OUTPUT": "out",
+        "BATCH_SIZE": "4",
+        "PRETRAINED": "merged.pt",
+        "SAM3_CHECKPOINT": "sam3.pt",
+        "TEACHER_EMBED_PATH": "embeddings",
+    }
+    flags = [
+        *("--cfg", "own.yaml", "--data-path", "pictures", "--output", "out", "--batch-size", "4"),
+        *("--pretrained", "merged.pt", "--sam3-checkpoint", "sam3.pt", "--teacher-embed-path", "embeddings"),
+    ]
+    program = "stage1_geometry_finetune/train_geometry_finetune.py"
+    for words in (
+        command(TUNE, "GPUS=0", *(f"{key}={value}" for key, value in given.items())),
+        command(TUNE, GPUS="0", **given),
+    ):
+        assert words == [program, *flags, "--device", "cpu"]
+    assert command(TUNE, "GPUS=0", *(f"{key}=" for key in given)) == [program, "--device", "cpu"]
 
 
 def test_only_cpu_needs_no_gpus():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -364,3 +365,17 @@ def test_parameter_table_counts_the_full_model():
         "trained": 17.74,
         "frozen": 40.55,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"select_by": "nonsense"}, "select_by 'nonsense' is unknown; choose one of score, box_iou, mask_iou"),
+        ({"mask_target": "sofft"}, "mask_target 'sofft' is unknown; choose one of soft, hard"),
+        ({"layout": "per_picture"}, "layout 'per_picture' is unknown; choose one of per_object, per_image"),
+        ({"layout": "per_image", "select_by": "box_iou"}, "select_by 'box_iou' needs one object a prompt"),
+    ],
+)
+def test_unknown_options_are_refused(options: dict[str, str], found: str):
+    with pytest.raises(ValueError, match=re.escape(found)):
+        distiller(**options)

@@ -9,16 +9,14 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from sam3.engine.sa1b import build_annotations
+from sam3.engine.sa1b import build_annotations, clip_boxes, is_usable
 from sam3.transforms import Preprocess
 from stage1_geometry_finetune.prompts import (
     PromptSampling,
     choose_kinds,
     choose_prompts,
-    clip_boxes,
     draw,
     filter_by_area,
-    is_usable,
     jitter_boxes,
     mask_nms,
     pick,
@@ -112,20 +110,6 @@ def test_refine_numbers():
 
 
 def test_unusable_boxes_are_left_out():
-    inf = float("inf")
-    boxes = np.array([
-        [10, 10, 50, 50],
-        [10, 10, 10.9, 50],  # narrower than a pixel
-        [NAN, 10, 50, 50],
-        [10, 10, inf, 50],
-        [590, 10, 700, 50],  # ends beyond the picture: cut
-        [599.5, 10, 700, 50],  # half a pixel is left
-        [700, 10, 800, 50],
-        [50, 50, 10, 10],
-    ])  # fmt: skip
-    clipped = clip_boxes(boxes, (HEIGHT, WIDTH))
-    assert clipped[4].tolist() == [590, 10, 600, 50]
-    assert is_usable(clipped).tolist() == [True, False, False, False, True, False, False, False]
     found = choose(objects([entry(box) for box in ([0.0, 0.0, 30.0, 20.0], [5.0, 5.0, 0.0, 9.0])]), jitter=False)
     assert found.indices.tolist() == [0]
     # Both sides shrink by half, to the longest side of 300: (30, 20) pixels are (15, 10) of 300.
@@ -352,14 +336,27 @@ def test_draw_has_a_row_for_every_object():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_prompts": 0}, "max_prompts"),
-        ({"decode_iters": 0}, "decode_iters"),
-        ({"use_boxes": False, "use_points": False}, "both False"),
-        ({"prompt_mix": True, "use_points": False}, "prompt_mix"),
-        ({"layout": "per_batch"}, "per_batch"),
-        ({"point_source": "box"}, "point_source"),
-        ({"refine_points_min": 3, "refine_points_max": 2}, "refine_points_max"),
-        ({"refine_points": -1}, "negative"),
+        ({"max_prompts": 0}, r"DISTILL\.MAX_PROMPTS must be at least 1, got 0"),
+        ({"decode_iters": 0}, r"DISTILL\.DECODE_ITERS must be at least 1, got 0"),
+        ({"refine_points": -1}, r"DISTILL\.POINTS_PER_REFINE_ITER must be at least 0, got -1"),
+        ({"refine_points_max": -1}, r"DISTILL\.POINTS_PER_REFINE_ITER_MAX must be at least 0, got -1"),
+        ({"refine_points_min": 3, "refine_points_max": 2}, "_ITER_MIN is 3 and _MAX 2; wanted 1 <= MIN <= MAX"),
+        ({"refine_points_min": 0, "refine_points_max": 2}, "_ITER_MIN is 0 and _MAX 2"),
+        ({"prob_box": 1.5}, r"DISTILL\.PROMPT_MIX_PROB_BOX is a share in 0\.\.1, got 1\.5"),
+        ({"prob_box": NAN}, r"DISTILL\.PROMPT_MIX_PROB_BOX is a share"),
+        ({"mask_nms": -0.1}, r"DATA\.MASK_NMS is a share in 0\.\.1, got -0\.1"),
+        ({"use_boxes": False, "use_points": False}, r"DISTILL\.USE_BOX_PROMPTS and USE_POINT_PROMPTS are both False"),
+        ({"prompt_mix": True, "use_points": False}, r"DISTILL\.PROMPT_MIX draws between .*: set both"),
+        (
+            {"layout": "per_batch"},
+            r"DISTILL\.PROMPT_LAYOUT 'per_batch' is unknown; choose one of per_object, per_image",
+        ),
+        ({"point_source": "box"}, r"DISTILL\.POINT_SOURCE 'box' is unknown; choose one of annotation, mask"),
+        ({"filter_by_area": (4,)}, r"DATA\.FILTER_BY_AREA is \[smallest, largest\], numbers or None, got \[4\]"),
+        ({"filter_by_area": (-1, None)}, r"DATA\.FILTER_BY_AREA .* got \[-1, None\]"),
+        ({"filter_by_area": (None, NAN)}, r"DATA\.FILTER_BY_AREA .* got \[None, nan\]"),
+        ({"filter_by_area": ("4", None)}, r"DATA\.FILTER_BY_AREA .* got \['4', None\]"),
+        ({"filter_by_area": (5, 4)}, r"DATA\.FILTER_BY_AREA .* 5 is above 4"),
     ],
 )
 def test_sampling_that_cannot_work(wrong, message):

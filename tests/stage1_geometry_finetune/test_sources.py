@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from sam3.engine import distributed
+from sam3.engine import distributed, image_list
 from sam3.engine.embedding_writer import EmbeddingWriter
 from sam3.engine.embeddings import store_meta
 from sam3.engine.sa1b import annotation_path
@@ -110,34 +110,57 @@ def test_every_key_reaches_the_sampling(root):
 # Pictures without annotations -------------------------------------------------------------------------------------
 
 
-def test_no_annotation_folder(root):
-    (root / "annotations" / "train").rename(root / "elsewhere")
+def test_no_annotation_folder(root, caplog):
+    (root / "annotations" / "val").rename(root / "val")
+    sources = open_sources(config_for(root))
+    assert (len(sources.train), sources.val, sources.left_out) == (12, None, {})
+    assert caplog.messages == [
+        f"no folder {root}/annotations/val: prompts come from SA-1B's annotation files, so there will be no validation"
+    ]
+    (root / "annotations" / "train").rename(root / "train")
     with pytest.raises(ValueError, match=r"^no folder .*annotations/train: .*reorg_sa1b\.py"):
         open_sources(config_for(root, "DATA.SKIP_BAD_IMAGES", True))
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_pictures_without_annotation_file(root, split, caplog):
-    keys = [f"sa_{i}" for i in (range(1, 12) if split == "train" else [13])]
+def test_train_pictures_without_annotation_file(root, caplog):
+    keys = [f"sa_{i}" for i in range(1, 12)]
     for key in keys:
-        annotation_path(root, split, key).unlink()
-    with pytest.raises(ValueError, match=rf"^{len(keys)} pictures in .*{split} have no JSON file") as caught:
+        annotation_path(root, "train", key).unlink()
+    with pytest.raises(ValueError, match=r"^11 pictures in .*train have no JSON file") as caught:
         open_sources(config_for(root))
-    named = sorted(keys)[:10]
-    assert ": " + ", ".join(named) + (" and 1 more;" if split == "train" else ";") in str(caught.value)
-    with caplog.at_level(logging.WARNING):
-        sources = open_sources(config_for(root, "DATA.SKIP_BAD_IMAGES", True))
-    assert len(sources.train) + len(sources.val) == 14 - len(keys)
+    assert ": " + ", ".join(sorted(keys)[:10]) + " and 1 more;" in str(caught.value)
+    sources = open_sources(config_for(root, "DATA.SKIP_BAD_IMAGES", True))
+    assert sources.train.keys() == ["sa_12"]
     assert list(sources.left_out.values()) == [sorted(keys)]
-    assert f"{len(keys)} pictures in" in caplog.text
+    assert "11 pictures in" in caplog.text
+    annotation_path(root, "train", "sa_12").unlink()
+    with pytest.raises(FileNotFoundError, match=r"the 12 there have no JSON file in .*annotations/train"):
+        open_sources(config_for(root, "DATA.SKIP_BAD_IMAGES", True))
 
 
-def test_val_without_any_annotation_file_is_no_val_split_if_asked(root):
-    for key in ("sa_13", "sa_14"):
-        annotation_path(root, "val", key).unlink()
-    with pytest.raises(ValueError, match="2 pictures in"):
-        open_sources(config_for(root))
-    assert open_sources(config_for(root, "DATA.SKIP_BAD_IMAGES", True)).val is None
+def test_val_pictures_without_annotation_file_stop_no_training(root, caplog):
+    annotation_path(root, "val", "sa_13").unlink()
+    sources = open_sources(config_for(root))
+    assert sources.val.keys() == ["sa_14"]
+    assert sources.left_out == {f"val: no annotation file in {root}/annotations/val": ["sa_13"]}
+    assert "1 pictures in" in caplog.text
+    annotation_path(root, "val", "sa_14").unlink()
+    with caplog.at_level(logging.INFO):
+        assert open_sources(config_for(root)).val is None
+    assert "the 2 there have no JSON file" in caplog.text
+
+
+def test_folders_are_listed_once(root, monkeypatch):
+    listed = []
+    real = image_list.os.scandir
+
+    def counted(folder):
+        listed.append(str(folder))
+        return real(folder)
+
+    monkeypatch.setattr("sam3.engine.image_list.os.scandir", counted)
+    open_sources(config_for(root))
+    assert sorted(folder for folder in listed if "images" in folder) == [f"{root}/images/train", f"{root}/images/val"]
 
 
 def test_no_data_set(root, tmp_path):
