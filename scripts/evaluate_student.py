@@ -1,7 +1,7 @@
 """How close merged students come to their teacher: embeddings, masks behind the same boxes and points, size and speed.
 
     python scripts/evaluate_student.py --teacher sam3_checkpoints/sam3.pt \
-        --students output/efficient_sam3_repvit_m1.pt --data-path data/sa-1b --split val --output output/evaluation
+        --students output/efficient_sam3_repvit_m.pt --data-path data/sa-1b --split val --output output/evaluation
 
 All models see the same pixels, pre-processed as the students' checkpoints say. Boxes and points come from the
 annotations; each goes through the heads of teacher and student, and the mask of the teacher's best query is compared

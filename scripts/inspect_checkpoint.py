@@ -1,7 +1,7 @@
 """Say what a weight file is: kind, meta, modules, parameters, types, bytes; or how two files differ.
 
-    python scripts/inspect_checkpoint.py output/efficient_sam3_repvit_m1.pt
-    python scripts/inspect_checkpoint.py sam3_checkpoints/sam3.pt --diff output/efficient_sam3_repvit_m1.pt
+    python scripts/inspect_checkpoint.py output/efficient_sam3_repvit_m.pt
+    python scripts/inspect_checkpoint.py sam3_checkpoints/sam3.pt --diff output/efficient_sam3_repvit_m.pt
 
 Reads `.pt`, `.pth` and `.safetensors`, never runs what is in them. Exit code 0, also when two files differ.
 """

@@ -3,7 +3,7 @@
     python stage1/convert_stage1_weights.py \
       --student-ckpt output/stage1/repvit_m1/ckpt_epoch_29.pth \
       --sam3-ckpt sam3_checkpoints/sam3.pt \
-      --output output/efficient_sam3_repvit_m1.pt
+      --output output/efficient_sam3_repvit_m.pt
 
 Files are memory-mapped: RAM stays near the largest tensor. The output appears once it is proven: every tensor bit-equal
 to its source, no tensor of the teacher's encoder left, loaded strictly by the model. `.safetensors` works everywhere.

@@ -13,7 +13,7 @@ from sam3.engine import stage_config
 from sam3.engine.distributed import choose_device
 from sam3.engine.losses import MSE_REDUCTIONS
 from stage1_geometry_finetune.model import MASK_TARGETS
-from stage1_geometry_finetune.prompts import LAYOUTS, POINT_SOURCES
+from stage1_geometry_finetune.prompts import LAYOUTS, POINT_SOURCES, build_sampling
 from stage1_geometry_finetune.query_selection import RULES
 
 FLAGS: dict[str, engine_config.FlagAction] = {
@@ -234,41 +234,22 @@ def _check_numbers(config: CfgNode) -> None:
     if not (min(weights.values()) >= 0 and 0 < sum(weights.values()) < math.inf):  # so that NaN is refused too
         listed = ", ".join(f"{name} {value}" for name, value in weights.items())
         raise ValueError(f"loss weights must be finite, not negative, and not all 0: {listed}")
-    for name, low in (
-        *(("MAX_PROMPTS", 1), ("DECODE_ITERS", 1), ("PROMPT_CHUNK", 1)),
-        *(("POINTS_PER_REFINE_ITER", 0), ("POINTS_PER_REFINE_ITER_MAX", 0)),
-    ):
-        if distill[name] < low:
-            raise ValueError(f"DISTILL.{name} must be at least {low}, got {distill[name]}")
+    if distill.PROMPT_CHUNK < 1:
+        raise ValueError(f"DISTILL.PROMPT_CHUNK must be at least 1, got {distill.PROMPT_CHUNK}")
     if not distill.TEMPERATURE > 0:
         raise ValueError(f"DISTILL.TEMPERATURE divides logits and must be above 0, got {distill.TEMPERATURE}")
-    for name, value in (
-        ("DISTILL.PROMPT_MIX_PROB_BOX", distill.PROMPT_MIX_PROB_BOX),
-        ("DATA.MASK_NMS", config.DATA.MASK_NMS),
-    ):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is a share in 0..1, got {value}")
-    area = config.DATA.FILTER_BY_AREA
-    if len(area) != 2 or any(not (v is None or (isinstance(v, (int, float)) and v >= 0)) for v in area):
-        raise ValueError(f"DATA.FILTER_BY_AREA is [smallest, largest], numbers or None, got {area}")
-    if None not in area and area[0] > area[1]:
-        raise ValueError(f"DATA.FILTER_BY_AREA is [smallest, largest], but {area[0]} is above {area[1]}")
 
 
 def _check_prompts(config: CfgNode) -> None:
     distill = config.DISTILL
-    if not (distill.USE_BOX_PROMPTS or distill.USE_POINT_PROMPTS):
-        raise ValueError("DISTILL.USE_BOX_PROMPTS and USE_POINT_PROMPTS are both False; prompts need one of them")
+    sampling = build_sampling(config)  # refuses what cannot be drawn
     if distill.SELECT_BY != "score" and distill.PROMPT_LAYOUT == "per_image":
         raise ValueError(
             f"DISTILL.SELECT_BY {distill.SELECT_BY} needs one object a prompt; set DISTILL.PROMPT_LAYOUT per_object"
         )
     if distill.SELECT_BY == "mask_iou" and not config.DATA.LOAD_GT_MASK:
         raise ValueError("DISTILL.SELECT_BY mask_iou needs the annotated masks; set DATA.LOAD_GT_MASK True")
-    low, high = distill.POINTS_PER_REFINE_ITER_MIN, distill.POINTS_PER_REFINE_ITER_MAX
-    if high > 0 and not 1 <= low <= high:
-        raise ValueError(f"DISTILL.POINTS_PER_REFINE_ITER_MIN is {low} and _MAX {high}; wanted 1 <= MIN <= MAX")
-    if distill.DECODE_ITERS > 1 and max(distill.POINTS_PER_REFINE_ITER, high) == 0:
+    if sampling.decode_iters > 1 and sampling.refine_shape == (0, 0):
         raise ValueError(
             f"DISTILL.DECODE_ITERS is {distill.DECODE_ITERS}, but no points are added between the passes; set "
             "DISTILL.POINTS_PER_REFINE_ITER or POINTS_PER_REFINE_ITER_MAX"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from yacs.config import CfgNode
 
 from sam3.engine.sa1b import ImageAnnotations, clip_boxes, drop_outside, is_usable, pixel_of_runs
 from sam3.transforms import Preprocess
@@ -109,6 +110,28 @@ def _check_limits(area: Sequence[float | None]) -> None:
         raise ValueError(f"DATA.FILTER_BY_AREA is [smallest, largest], numbers or None, got {list(area)}")
     if None not in area and area[0] > area[1]:
         raise ValueError(f"DATA.FILTER_BY_AREA is [smallest, largest], but {area[0]} is above {area[1]}")
+
+
+def build_sampling(config: CfgNode) -> PromptSampling:
+    """How the config wants prompts drawn. ValueError names a key whose value cannot work."""
+    data, distill = config.DATA, config.DISTILL
+    return PromptSampling(
+        max_prompts=distill.MAX_PROMPTS,
+        use_boxes=distill.USE_BOX_PROMPTS,
+        use_points=distill.USE_POINT_PROMPTS,
+        prompt_mix=distill.PROMPT_MIX,
+        prob_box=distill.PROMPT_MIX_PROB_BOX,
+        layout=distill.PROMPT_LAYOUT,
+        point_source=distill.POINT_SOURCE,
+        jitter=data.BOX_JITTER,
+        filter_by_area=tuple(data.FILTER_BY_AREA),
+        sort_by_area=data.SORT_BY_AREA,
+        mask_nms=data.MASK_NMS if data.LOAD_GT_MASK else None,
+        decode_iters=distill.DECODE_ITERS,
+        refine_points=distill.POINTS_PER_REFINE_ITER,
+        refine_points_min=distill.POINTS_PER_REFINE_ITER_MIN,
+        refine_points_max=distill.POINTS_PER_REFINE_ITER_MAX,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sam3.engine.image_list import ImageList
 from sam3.engine.sa1b import list_sa1b, list_unannotated
 from sam3.engine.weights import list_names
 from stage1_geometry_finetune.data import GeometryDataset
-from stage1_geometry_finetune.prompts import PromptSampling
+from stage1_geometry_finetune.prompts import build_sampling
 
 MASK_CELLS = 4  # side of SAM3's mask grid per cell of the embedding grid
 logger = logging.getLogger("sam3.geometry")
@@ -64,28 +64,6 @@ class Sources:
         name = f"{self.teacher_meta.get('name', 'unknown')} (sha256 {self.teacher_meta.get('sha256', 'unknown')[:12]})"
         layout = self.reader.layout
         return f"stored in {self.reader.folder}: {len(self.reader)} embeddings {layout.shape} {layout.dtype}, {name}"
-
-
-def build_sampling(config: CfgNode) -> PromptSampling:
-    """How the config wants prompts drawn. ValueError names a key whose value cannot work."""
-    data, distill = config.DATA, config.DISTILL
-    return PromptSampling(
-        max_prompts=distill.MAX_PROMPTS,
-        use_boxes=distill.USE_BOX_PROMPTS,
-        use_points=distill.USE_POINT_PROMPTS,
-        prompt_mix=distill.PROMPT_MIX,
-        prob_box=distill.PROMPT_MIX_PROB_BOX,
-        layout=distill.PROMPT_LAYOUT,
-        point_source=distill.POINT_SOURCE,
-        jitter=data.BOX_JITTER,
-        filter_by_area=tuple(data.FILTER_BY_AREA),
-        sort_by_area=data.SORT_BY_AREA,
-        mask_nms=data.MASK_NMS if data.LOAD_GT_MASK else None,
-        decode_iters=distill.DECODE_ITERS,
-        refine_points=distill.POINTS_PER_REFINE_ITER,
-        refine_points_min=distill.POINTS_PER_REFINE_ITER_MIN,
-        refine_points_max=distill.POINTS_PER_REFINE_ITER_MAX,
-    )
 
 
 def open_sources(config: CfgNode) -> Sources:

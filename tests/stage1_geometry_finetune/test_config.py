@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 from yacs.config import CfgNode
 
 from sam3.backbones.student import BACKBONES
@@ -303,3 +304,10 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("weight", ["EMBEDDING_LOSS_WEIGHT", "MASK_BCE_WEIGHT", "MASK_DICE_WEIGHT"])
 def test_any_term_can_be_switched_off(weight: str):
     assert load(f"DISTILL.{weight}", "0").DISTILL[weight] == 0
+
+
+def test_deterministic_is_refused_where_it_cannot_hold(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(geometry_config, "choose_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    assert parse(STUDENT, "--deterministic", "--device", "cpu").DETERMINISTIC
+    with pytest.raises(ValueError, match=r"DETERMINISTIC cannot hold here on an accelerator.*train with --device cpu"):
+        parse(STUDENT, "--deterministic")

@@ -13,7 +13,8 @@ from sam3.engine.embeddings import store_meta
 from sam3.engine.sa1b import annotation_path
 from sam3.transforms import Preprocess
 from stage1_geometry_finetune.config import geometry_defaults
-from stage1_geometry_finetune.sources import build_sampling, open_sources
+from stage1_geometry_finetune.prompts import build_sampling
+from stage1_geometry_finetune.sources import open_sources
 from tests.samples import write_sa1b
 
 SHAPE = (3, 4, 4)
