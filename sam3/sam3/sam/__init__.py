@@ -1,0 +1,1 @@
+"""Prompts and masks in the manner of SAM: prompt encoder, two-way transformer and mask decoder."""
