@@ -8,7 +8,7 @@ memory-mapped and handed to a model that was built without any, so that loading 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3.backbones.student import BACKBONES, StudentTrunk, build_student, describe, recognise_student
+from sam3.backbones.student import BACKBONES, build_student, describe, recognise_student
 from sam3.engine.distributed import choose_device
-from sam3.engine.weights import WeightFile, list_names, load_strict, load_weights, normalise_sam3_keys, strip_prefix
+from sam3.engine.weights import WeightFile, load_strict, load_weights, normalise_sam3_keys, strip_prefix
 from sam3.model.config import NECK, TRUNK, Sam3Config, vit_sizes, without_vit
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.encoder import TransformerEncoderFusion
@@ -32,6 +32,17 @@ from sam3.model.tokenizer import SimpleTokenizer
 from sam3.model.transformer import TransformerWrapper
 from sam3.model.vitdet import ViT
 from sam3.model.vl_combiner import SAM3VLBackbone
+from sam3.model_loading import (
+    SAM2_NECK,
+    STUDENT,
+    build_trunk,
+    build_vit,
+    detector_tensors,
+    has_student,
+    read_preprocess,
+    released_checkpoint,
+    take_over,
+)
 from sam3.transforms import Preprocess
 
 __all__ = [
@@ -47,8 +58,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-STUDENT = f"{TRUNK}model."
-SAM2_NECK = "backbone.vision_backbone.sam2_convs."
 TEXT_ENCODER = "backbone.language_backbone."
 SEGMENTATION_HEAD = "segmentation_head."
 HEADS = {
@@ -59,7 +68,6 @@ HEADS = {
     "scoring": "dot_prod_scoring.",
     "segmentation head": SEGMENTATION_HEAD,
 }
-DEFAULT_EMBED_SIZE = 72  # of merged checkpoints whose meta does not say
 
 
 def build_sam3_image_model(
@@ -102,7 +110,7 @@ def build_sam3_image_model(
     if enable_inst_interactivity:
         raise ValueError("clicks need the tracker, which is not built yet; use Sam3Processor.add_point_prompt")
     if load_from_HF and checkpoint_path is None:
-        checkpoint_path = _released_checkpoint()
+        checkpoint_path = released_checkpoint()
     parts = {
         "enable_text_encoder": enable_text_encoder,
         "enable_segmentation": enable_segmentation,
@@ -144,14 +152,14 @@ def build_teacher_trunk(
 
     Of the file, only `detector.backbone.vision_backbone.trunk.*` is read.
     """
-    tensors = _detector_tensors(load_weights(checkpoint_path).tensors, checkpoint_path)
+    tensors = detector_tensors(load_weights(checkpoint_path).tensors, checkpoint_path)
     trunk_tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(TRUNK)}
-    if any(key.startswith(STUDENT) for key in trunk_tensors):
+    if has_student(trunk_tensors):
         name, _ = recognise_student(trunk_tensors, STUDENT)
         raise ValueError(f"{checkpoint_path} holds the student {describe(name)}, not SAM3's trunk; wanted sam3.pt")
     sizes = vit_sizes(trunk_tensors)
     with torch.device("meta"):
-        trunk = _build_vit(sizes)
+        trunk = build_vit(sizes)
     load_strict(trunk, strip_prefix(trunk_tensors, TRUNK), source=checkpoint_path)
     trunk = trunk.to(device=choose_device(device), dtype=dtype).eval().requires_grad_(False)
     if compile:
@@ -171,7 +179,7 @@ def build_sam3_heads(checkpoint_path: str | Path, device: str | torch.device = "
             them.
     """
     file = load_weights(checkpoint_path)
-    tensors = _detector_tensors(file.tensors, file.path)
+    tensors = detector_tensors(file.tensors, file.path)
     missing = [name for name, prefix in HEADS.items() if not any(key.startswith(prefix) for key in tensors)]
     if missing:
         raise ValueError(
@@ -181,10 +189,10 @@ def build_sam3_heads(checkpoint_path: str | Path, device: str | torch.device = "
     unused = (TRUNK, TEXT_ENCODER, SAM2_NECK)
     kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(unused)}
     trunk = PassThroughTrunk(_neck_width(kept, file.path))
-    preprocess = _read_preprocess(file)
+    preprocess = read_preprocess(file)
     with torch.device("meta"):
         model = assemble_image_model(config, trunk, enable_text_encoder=False, preprocess=preprocess)
-    _take_over(model, kept, file.path)
+    take_over(model, kept, file.path)
     return model.to(device=choose_device(device), dtype=torch.float32).eval().requires_grad_(False)
 
 
@@ -201,13 +209,13 @@ def encode_phrase(checkpoint_path: str | Path, phrase: str, device: str | torch.
     if not phrase.strip():
         raise ValueError(f"a text prompt is a phrase, got {phrase!r}")
     file = load_weights(checkpoint_path)
-    tensors = _detector_tensors(file.tensors, file.path)
+    tensors = detector_tensors(file.tensors, file.path)
     own = strip_prefix(tensors, TEXT_ENCODER)
     if not own:
         raise ValueError(f"{file.path} has no text encoder ({TEXT_ENCODER}*); wanted the full sam3.pt")
     with torch.device("meta"):
         encoder = _build_text_encoder(Sam3Config.from_tensors(tensors))
-    _take_over(encoder, own, file.path)
+    take_over(encoder, own, file.path)
     encoder = encoder.to(device=choose_device(device), dtype=torch.float32).eval()
     mask, features, _ = encoder([phrase])
     return {"language_features": features, "language_mask": mask}
@@ -226,7 +234,7 @@ def assemble_image_model(
     """The image model with random weights on the current torch device; `trunk` takes the place of the ViT."""
     sizes = config
     text_encoder = _build_text_encoder(sizes, bpe_path) if enable_text_encoder else None
-    neck = Sam3DualViTDetNeck(trunk or _build_vit(vars(config)), sizes.dim, with_sam2_neck)
+    neck = Sam3DualViTDetNeck(trunk or build_vit(vars(config)), sizes.dim, with_sam2_neck)
     widths = (sizes.dim, sizes.heads, sizes.ffn_dim)
     return Sam3Image(
         backbone=SAM3VLBackbone(neck, text_encoder),
@@ -243,15 +251,12 @@ def assemble_image_model(
 
 def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[str, Any]) -> Sam3Image:
     """Builds what the file's tensors ask for, and lets it take them over."""
-    tensors = _detector_tensors(file.tensors, file.path)
-    preprocess = _read_preprocess(file)
+    tensors = detector_tensors(file.tensors, file.path)
+    preprocess = read_preprocess(file)
     trunk = None
-    if any(key.startswith(STUDENT) for key in tensors):
-        name, embed_dim = recognise_student(tensors, STUDENT)
-        embed_size = int(file.meta.get("embed_size", DEFAULT_EMBED_SIZE))
-        trunk = StudentTrunk(build_student(name, embed_dim, embed_size))  # not on meta: it has computed buffers
-        img_size = preprocess.img_size if preprocess else Sam3Config.img_size
-        config = config or Sam3Config.from_tensors(tensors, img_size, patch_size=img_size // embed_size)
+    if has_student(tensors):
+        trunk, img_size, patch_size = build_trunk(file, tensors)
+        config = config or Sam3Config.from_tensors(tensors, img_size, patch_size)
         config = replace(without_vit(config), img_size=img_size)
     config = config or Sam3Config.from_tensors(tensors)
     with torch.device("meta"):
@@ -262,17 +267,10 @@ def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[s
         SAM2_NECK: not parts["with_sam2_neck"],
     }
     unused = [prefix for prefix, off in switched_off.items() if off and any(key.startswith(prefix) for key in tensors)]
-    _take_over(model, tensors, file.path, unused)
+    take_over(model, tensors, file.path, unused)
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         model.float()  # for example a student merged into a file of half precision
     return model
-
-
-def _take_over(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, unused: Sequence[str] = ()) -> None:
-    """Lets a module that was built on the meta device have a file's tensors; those below `unused` may be left."""
-    load_strict(module, tensors, source=source, allowed_unexpected=unused)
-    unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    assert not unset, f"without values after loading: {list_names(unset)}; register such buffers as persistent"
 
 
 def _neck_width(tensors: Mapping[str, Tensor], source: Path) -> int:
@@ -281,28 +279,6 @@ def _neck_width(tensors: Mapping[str, Tensor], source: Path) -> int:
     if name not in tensors:
         raise ValueError(f"{source} has no tensor '{name}', which tells the trunk's width; wanted the full sam3.pt")
     return tensors[name].shape[1]
-
-
-def _read_preprocess(file: WeightFile) -> Preprocess | None:
-    """As the file states it; None if it does not."""
-    if "preprocess" not in file.meta:
-        return None
-    try:
-        return Preprocess.from_meta(file.meta["preprocess"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file.path}: {error}; merge or train the student again with this version") from error
-
-
-def _detector_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The image model's tensors; those of the tracker are left alone, others are refused."""
-    tensors = normalise_sam3_keys(tensors, source)
-    foreign = [key for key in tensors if not key.startswith(("detector.", "tracker."))]
-    if foreign:
-        raise ValueError(
-            f"{source} has {len(foreign)} keys below neither 'detector.' nor 'tracker.': {list_names(foreign)}; "
-            "wanted the layout of sam3.pt"
-        )
-    return strip_prefix(tensors, "detector.")
 
 
 def _build_text_encoder(sizes: Sam3Config, bpe_path: str | Path | None = None) -> VETextEncoder:
@@ -317,29 +293,3 @@ def _build_text_encoder(sizes: Sam3Config, bpe_path: str | Path | None = None) -
         context_length=sizes.context_length,
         vocab_size=sizes.vocab_size,
     )
-
-
-def _build_vit(sizes: Mapping[str, Any]) -> ViT:
-    if sizes["vit_dim"] is None:
-        raise ValueError("these sizes are of a model with a student trunk; pass the trunk, or sizes with a ViT")
-    return ViT(
-        img_size=sizes["img_size"],
-        patch_size=sizes["patch_size"],
-        pretrain_img_size=sizes["pretrain_img_size"],
-        dim=sizes["vit_dim"],
-        depth=sizes["vit_depth"],
-        heads=sizes["vit_heads"],
-        mlp_dim=sizes["vit_mlp_dim"],
-        window_size=sizes["window_size"],
-        global_blocks=sizes["global_blocks"],
-    )
-
-
-def _released_checkpoint() -> Path:
-    """sam3.pt in the usual folder; what lies there was verified when it was fetched."""
-    path = Path("sam3_checkpoints/sam3.pt")
-    if not path.is_file():
-        from sam3.engine import hub  # its client is for those who ask for it
-
-        hub.download_sam3(path.parent)
-    return path

@@ -76,7 +76,7 @@ class Sam3Config:
         Raises:
             ValueError: a tensor that fixes a size is missing or has an impossible shape.
         """
-        shape = _ShapeReader(tensors)
+        shape = ShapeReader(tensors)
         sizes = vit_sizes(tensors) if f"{TRUNK}patch_embed.proj.weight" in tensors else dict(_NO_VIT)
         if img_size is not None:
             if sizes["vit_dim"] is not None and img_size != sizes["img_size"]:
@@ -122,7 +122,7 @@ def without_vit(config: Sam3Config) -> Sam3Config:
     return replace(config, **dict.fromkeys(_VIT_FIELDS))
 
 
-class _ShapeReader:
+class ShapeReader:
     """Shapes by name, with an error that says what is missing."""
 
     def __init__(self, tensors: Mapping[str, Any]):
@@ -148,7 +148,7 @@ def _side(count: int, what: str) -> int:
 
 def vit_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `Sam3Config` that the trunk fixes, from its tensors alone (see `Sam3Config.from_tensors`)."""
-    shape = _ShapeReader(tensors)
+    shape = ShapeReader(tensors)
     dim, _, patch, _ = shape(f"{TRUNK}patch_embed.proj.weight")
     depth = shape.count(f"{TRUNK}blocks.")
     tables = [shape(f"{TRUNK}blocks.{i}.attn.freqs_cis") for i in range(depth)]  # each (tokens, head width / 2)
@@ -166,7 +166,7 @@ def vit_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _text_sizes(shape: _ShapeReader) -> dict[str, Any]:
+def _text_sizes(shape: ShapeReader) -> dict[str, Any]:
     if not shape.count(f"{TEXT}transformer.resblocks."):
         return {}  # a file without the text encoder
     vocab_size, width = shape(f"{TEXT}token_embedding.weight")
@@ -181,7 +181,7 @@ def _text_sizes(shape: _ShapeReader) -> dict[str, Any]:
     }
 
 
-def _head_sizes(shape: _ShapeReader) -> dict[str, Any]:
+def _head_sizes(shape: ShapeReader) -> dict[str, Any]:
     num_queries, dim = shape("transformer.decoder.query_embed.weight")
     return {
         "dim": dim,

@@ -59,6 +59,20 @@ class Sam3DualViTDetNeck(nn.Module):
         return levels, [self.position_encoding(level) for level in levels]
 
 
+class TrackerNeck(nn.Module):
+    """The trunk and the second neck alone, for video: named as in `Sam3DualViTDetNeck`, whose weights it takes."""
+
+    def __init__(self, trunk: nn.Module, dim: int):
+        super().__init__()
+        self.trunk = trunk
+        self.sam2_convs = nn.ModuleList(_level(scale, trunk.channel_list[-1], dim) for scale in (4, 2, 1, 0.5))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, S, S) -> levels (B, C, kG, kG), k = 4, 2, 1."""
+        x = self.trunk(images)[-1]
+        return [conv(x) for conv in self.sam2_convs[:3]]  # the coarsest stands in the file, and nothing reads it
+
+
 def _level(scale: float, width: int, dim: int) -> nn.Sequential:
     """One level, `scale` times the size of the map it gets; `width` channels in, `dim` out."""
     if scale == 4:

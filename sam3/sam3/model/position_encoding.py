@@ -72,3 +72,13 @@ class PositionEmbeddingSine(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         self._maps.clear()  # maps of a device the model has left
         return super()._apply(fn, recurse)
+
+
+def sine_of_distance(distance: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """Codes of numbers (P,): (P, dim) float32, first all sines, then all cosines of `distance / tau_k`.
+
+    `tau_k = temperature ** (2 * floor(k / 2) / m)` for k < m = dim / 2.
+    """
+    index = torch.arange(dim // 2, dtype=torch.float32, device=distance.device)
+    scaled = distance.float()[:, None] / temperature ** (2 * (index // 2) / (dim // 2))
+    return torch.cat((scaled.sin(), scaled.cos()), dim=-1)
