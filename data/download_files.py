@@ -148,7 +148,8 @@ def read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there; it is the list of links that the data set's site gives after you accept its licence "
-            "(https://ai.meta.com/datasets/segment-anything-downloads/)"
+            "(https://ai.meta.com/datasets/segment-anything-downloads/ for SA-1B, "
+            "https://ai.meta.com/datasets/segment-anything-video-downloads/ for SA-V)"
         )
     return path.read_text(encoding="utf-8-sig").splitlines()
 

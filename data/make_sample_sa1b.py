@@ -22,26 +22,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from sam3.engine.cli import make_parser, run_main
-from sam3.engine.files import atomic_path, sha256, write_json
+from sam3.engine.files import atomic_path
+from sam3.engine.sample_set import claim_folder, digests, list_photos, read_photo
 
-# Photos inside the wheels themselves; other members of skimage.data would be downloaded on first use.
-BUNDLED = {
-    "skimage": (
-        "data",
-        (
-            *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
-            *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "rocket.jpg"),
-        ),
-    ),
-    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
-}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 JPEG_QUALITY = 92
-RECORD = "sample.json"  # what the set was made from; decides whether a second run finds it complete
 
 SCALES = (60, 150, 400, 1000)  # felzenszwalb: larger merges more
 WORK_SIDE = 320  # pixels; regions are found at this size and enlarged
@@ -63,6 +51,8 @@ class Picture:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if find_spec("skimage") is None:
+        raise ValueError('scikit-image is needed to find masks; install it with: pip install -e ".[dev]"')
     photos = list_photos(arguments.images)
     pictures = plan(photos, arguments.num_train, arguments.num_val, arguments.crops, arguments.seed)
     root = arguments.output
@@ -102,32 +92,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def list_photos(folder: Path | None) -> list[Path]:
-    """Sorted paths of the pictures below `folder`, or of the bundled photos. Raises ValueError if there are none."""
-    if find_spec("skimage") is None:
-        raise ValueError('scikit-image is needed to find masks; install it with: pip install -e ".[dev]"')
-    if folder is not None:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--images {folder} is not a folder")
-        photos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        wanted = f"files ending in {' '.join(sorted(SUFFIXES))} below {folder}"
-    else:
-        photos = [path for path in map(Path, bundled_paths()) if path.is_file()]
-        wanted = "the photos that ship with scikit-image and scikit-learn; reinstall these or pass --images"
-    if not photos:
-        raise ValueError(f"found no pictures; wanted {wanted}")
-    return photos
-
-
-def bundled_paths() -> list[str]:
-    """Where the bundled photos lie, without importing the packages."""
-    paths = []
-    for package, (folder, names) in BUNDLED.items():
-        if (spec := find_spec(package)) is not None and spec.origin is not None:
-            paths += [str(Path(spec.origin).parent / folder / name) for name in names]
-    return paths
-
-
 def plan(photos: list[Path], num_train: int, num_val: int, crops: int, seed: int) -> list[Picture]:
     """Deal photos to the splits, then take whole photos first, second crops next, and so on.
 
@@ -156,26 +120,16 @@ def plan(photos: list[Path], num_train: int, num_val: int, crops: int, seed: int
 
 def make_record(arguments: argparse.Namespace, pictures: list[Picture]) -> dict:
     """Everything that decides the bytes of the set; photos by name and content, so that the folder may move."""
-    digests = {photo: sha256(photo) for photo in sorted({picture.photo for picture in pictures})}
+    sums = digests(picture.photo for picture in pictures)
     entries = [{**asdict(picture), "photo": Path(picture.photo).name} for picture in pictures]
     for entry, picture in zip(entries, pictures, strict=True):
-        entry["photo_sha256"] = digests[picture.photo]
+        entry["photo_sha256"] = sums[picture.photo]
     return {"format": 1, "seed": arguments.seed, "max_side": arguments.max_side, "pictures": entries}
 
 
 def missing_pictures(root: Path, pictures: list[Picture], record: dict) -> list[Picture]:
     """Pictures that are not on disk yet. Raises ValueError if `root` holds a set made with other arguments."""
-    record_file = root / RECORD
-    if record_file.is_file():
-        if json.loads(record_file.read_text()) != record:
-            raise ValueError(
-                f"{root} holds a sample made with other arguments or photos (see {record_file}); "
-                "delete that folder or choose another --output"
-            )
-    elif root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"{root} is not empty and was not made by this script; choose another --output")
-    else:
-        write_json(record_file, record)
+    claim_folder(root, record)
     return [picture for picture in pictures if not all(path.is_file() for path in picture_files(root, picture))]
 
 
@@ -209,20 +163,6 @@ def make_picture(job: tuple[Path, Picture, int, int]) -> int:
     with atomic_path(annotation_file) as temporary:
         temporary.write_text(json.dumps(document))
     return len(masks)
-
-
-def read_photo(path: Path) -> Image.Image:
-    """An 8-bit RGB picture, upright. Raises ValueError naming a file that cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits per pixel; PIL's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{path} is not a readable picture ({error}); repair it or take it out of the folder"
-        ) from error
 
 
 def crop_photo(photo: Image.Image, picture: Picture, seed: int) -> Image.Image:

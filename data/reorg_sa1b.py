@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
-import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from sam3.engine.archives import Piece, find_pieces
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import free_bytes, human_bytes, require_free_space
 from sam3.engine.locks import FileLock
@@ -32,15 +30,6 @@ DEFAULT_SOURCES = (Path("data/sa-1b-10p"), Path("data/sa-1b-1p"), Path("data/sa-
 KINDS = {".jpg": "images", ".json": "annotations"}
 SPLITS = ("train", "val")
 LISTED = 20  # names printed of a long list
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One file to bring: its size in bytes, and where it is: a path, or a member of the archive at `path`."""
-
-    path: Path
-    size: int
-    member: tarfile.TarInfo | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -62,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     source, output = find_source(arguments.source), arguments.output
     print(f"source: {source}, output: {output}")
-    plan = make_plan(find_pieces(source, output), find_placed(output), output, arguments.val_ratio, arguments.seed)
+    # Folders of the kinds' names are data sets that have been sorted already.
+    pieces = find_pieces(source, KINDS, output, "data/download_sa1b.sh", skip=KINDS.values())
+    plan = make_plan(pieces, find_placed(output), output, arguments.val_ratio, arguments.seed)
     needed = plan.new_bytes(free_moves=arguments.move and same_disk(source, output))
     train, val = (plan.pairs[split] for split in SPLITS)
     print(f"{train + val} pairs: {train} train, {val} val; {plan.num_new} of them new")
@@ -121,65 +112,6 @@ def same_disk(one: Path, other: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- find
 
 
-def find_pieces(source: Path, output: Path) -> dict[str, Piece]:
-    """File name -> piece for every `.jpg` and `.json` below `source`, loose ones before those in archives.
-
-    Raises ValueError if a name occurs twice in one kind of place, or naming every archive that cannot be used.
-    """
-    loose: dict[str, Piece] = {}
-    archives: list[Path] = []
-    for folder, folders, names in os.walk(source):
-        # Folders of these names are data sets that have been sorted already.
-        folders[:] = sorted(
-            n for n in folders if n not in KINDS.values() and (Path(folder) / n).resolve() != output.resolve()
-        )
-        for path in (Path(folder) / name for name in sorted(names) if not name.startswith(".")):
-            if path.suffix == ".tar":
-                archives.append(path)
-            elif path.suffix in KINDS:
-                add_piece(loose, path.name, Piece(path, path.stat().st_size))
-    packed: dict[str, Piece] = {}
-    broken = []
-    for path in tqdm(archives, desc="archives", unit="tar", disable=None):
-        try:
-            for member in list_archive(path):
-                add_piece(packed, PurePosixPath(member.name).name, Piece(path, member.size, member))
-        except (tarfile.TarError, EOFError) as error:
-            broken.append(f"{path} ({error})")
-    if broken:
-        raise ValueError(
-            f"{len(broken)} of {len(archives)} archives are empty, cut off or damaged, nothing was changed: "
-            f"{'; '.join(broken)}; delete them and run data/download_sa1b.sh again"
-        )
-    return {**packed, **loose}
-
-
-def add_piece(pieces: dict[str, Piece], name: str, piece: Piece) -> None:
-    if (other := pieces.get(name)) is not None:
-        raise ValueError(f"{name} is in {other.path} and in {piece.path}; keep one of them")
-    pieces[name] = piece
-
-
-def list_archive(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The `.jpg` and `.json` members of an archive. Raises tarfile.TarError if it is not whole or not to be trusted."""
-    if path.stat().st_size == 0:
-        raise tarfile.ReadError("0 bytes")
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts:
-                raise tarfile.ReadError(f"its member '{member.name}' points outside of the archive")
-            if name.suffix in KINDS and not name.name.startswith("."):
-                if not member.isreg():
-                    raise tarfile.ReadError(f"its member '{member.name}' is a link or device, not a file")
-                yield member
-        # Every whole archive ends in blocks of zeros; one cut between two members shows no other sign.
-        with path.open("rb") as file:
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"no end mark after {human_bytes(tar.offset)}")
-
-
 def find_placed(output: Path) -> dict[str, tuple[Path, int]]:
     """File name -> (path, bytes) of what is in place. Raises ValueError if a key is in both splits."""
     placed: dict[str, tuple[Path, int]] = {}
@@ -233,7 +165,7 @@ def make_plan(
         for name in missing:
             piece = pieces[name]
             destination = output / KINDS[PurePosixPath(name).suffix] / split / name
-            jobs[None if piece.member is None else piece.path].append((piece, destination))
+            jobs[piece.path if piece.packed else None].append((piece, destination))
     return plan
 
 
@@ -246,8 +178,8 @@ def carry_out(plan: Plan, output: Path, move: bool, workers: int) -> None:
         for split in SPLITS:
             (output / kind / split).mkdir(parents=True, exist_ok=True)
     loose = plan.jobs.get(None, [])
-    batches = [(None, loose[i::workers]) for i in range(workers) if loose[i::workers]]
-    batches += [(path, jobs) for path, jobs in plan.jobs.items() if path is not None]
+    batches = [loose[i::workers] for i in range(workers) if loose[i::workers]]
+    batches += [jobs for path, jobs in plan.jobs.items() if path is not None]
     total = sum(map(len, plan.jobs.values()))
     stop: list[bool] = []
     with (
@@ -255,7 +187,7 @@ def carry_out(plan: Plan, output: Path, move: bool, workers: int) -> None:
         tqdm(total=total, unit="file", disable=None) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
-        runs = [pool.submit(bring_batch, path, jobs, move, stop, bar) for path, jobs in batches]
+        runs = [pool.submit(bring_batch, jobs, move, stop, bar) for jobs in batches]
         try:
             for run in as_completed(runs):
                 run.result()
@@ -267,36 +199,29 @@ def carry_out(plan: Plan, output: Path, move: bool, workers: int) -> None:
         os.sync()  # once, because a sync per file would take hours over a million of them
 
 
-def bring_batch(archive: Path | None, jobs: list[tuple[Piece, Path]], move: bool, stop: list[bool], bar: tqdm) -> None:
+def bring_batch(jobs: list[tuple[Piece, Path]], move: bool, stop: list[bool], bar: tqdm) -> None:
     """Bring loose files, or members of one archive in their order on disk, until `stop` has an entry."""
-    tar = None if archive is None else tarfile.open(archive, "r:")  # noqa: SIM115
-    try:
-        for piece, destination in sorted(jobs, key=lambda job: job[0].member.offset if job[0].member else 0):
-            if stop:
-                return
-            bring(piece, destination, tar, move)
-            bar.update()
-    finally:
-        if tar is not None:
-            tar.close()
+    for piece, destination in sorted(jobs, key=lambda job: job[0].offset or 0):
+        if stop:
+            return
+        bring(piece, destination, move)
+        bar.update()
 
 
-def bring(piece: Piece, destination: Path, tar: tarfile.TarFile | None, move: bool) -> None:
+def bring(piece: Piece, destination: Path, move: bool) -> None:
     """One file to `destination`, which appears whole or not at all."""
-    if tar is None and move and piece.path.stat().st_dev == destination.parent.stat().st_dev:
+    move = move and not piece.packed
+    if move and piece.path.stat().st_dev == destination.parent.stat().st_dev:
         piece.path.replace(destination)
         return
     temporary = destination.with_name(f".{destination.name}.tmp")
     try:
-        with tar.extractfile(piece.member) if tar else piece.path.open("rb") as source, temporary.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        if temporary.stat().st_size != piece.size:
-            raise OSError(f"{piece.path} changed while {destination.name} was read from it; run the same command again")
+        piece.copy_to(temporary)
         temporary.replace(destination)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if tar is None and move:
+    if move:
         piece.path.unlink()
 
 

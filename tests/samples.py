@@ -60,3 +60,32 @@ def _annotation(number: int, box: tuple[int, int, int, int], rows: int, columns:
         "crop_box": [0.0, 0.0, float(columns), float(rows)],
         "point_coords": [[x + w / 2, y + h / 2]],
     }
+
+
+def sav_document(name: str, masks: np.ndarray, num_frames: int) -> dict:
+    """What a JSON file of SA-V says of `masks`, bool (annotated frames, objects, H, W), in a video of `num_frames`."""
+    height, width = masks.shape[2:]
+    rows = []
+    for shown in masks:
+        codes = coco_mask.encode(np.asfortranarray(shown.transpose(1, 2, 0), dtype=np.uint8)) if len(shown) else []
+        rows.append([{"size": [height, width], "counts": code["counts"].decode()} for code in codes])
+    return {
+        "video_id": name,
+        "video_frame_count": float(num_frames),
+        "video_height": float(height),
+        "video_width": float(width),
+        "masklet": rows,
+        "masklet_id": list(range(masks.shape[1])),
+        "masklet_num": masks.shape[1],
+    }
+
+
+def write_sav_video(root: Path, name: str, masks: np.ndarray, num_frames: int, every: int = 1) -> Path:
+    """A video of SA-V as extracted with `--every`, below `root`, with manual annotations `masks` as above."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    height, width = masks.shape[2:]
+    for number in range(0, num_frames, every):
+        Image.fromarray(image(height, width, seed=number)).save(folder / f"{number:05d}.jpg")
+    (folder / f"{name}_manual.json").write_text(json.dumps(sav_document(name, masks, num_frames)))
+    return folder

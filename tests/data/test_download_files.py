@@ -184,9 +184,16 @@ def test_shipped_lists(subset: str, count: int, last: str) -> None:
     assert (len(names), names[0], names[-1]) == (count, "sa_000020.tar", last)
 
 
-def run_launcher(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def test_shipped_list_of_videos() -> None:
+    names = read_names(ROOT / "data/sa-v.txt")
+    assert names == [*(f"sav_{i:03d}.tar" for i in range(56)), "sav_test.tar", "sav_val.tar"]
+
+
+def run_launcher(
+    folder: Path, *arguments: str, launcher: str = "download_sa1b.sh", **settings: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, **settings}
-    command = ["bash", str(ROOT / "data/download_sa1b.sh"), *arguments]
+    command = ["bash", str(ROOT / "data" / launcher), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -213,3 +220,20 @@ def test_launcher_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     missing = run_launcher(tmp_path)
     assert missing.returncode == 1 and "links.txt is not there" in missing.stderr
     assert run_launcher(tmp_path, "LINKS=x y.txt", "--dry-run").stderr.count("x y.txt is not there") == 1
+
+
+def test_launcher_of_videos(server: FileServer, tmp_path: Path) -> None:
+    names = read_names(ROOT / "data/sa-v.txt")
+    server.files = {name: content(i, 200) for i, name in enumerate(names)}
+    (tmp_path / "my links.txt").write_text("".join(f"{name}\t{server.url}/{name}\n" for name in names))
+    result = run_launcher(tmp_path, "LINKS=my links.txt", launcher="download_sa_v.sh")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "data/sa-v").glob("*.tar")) == sorted(names)
+    (tmp_path / "mine.txt").write_text("sav_val.tar\n")
+    result = run_launcher(
+        tmp_path, "--dry-run", NAMES="mine.txt", LINKS="my links.txt", OUTPUT="other", launcher="download_sa_v.sh"
+    )
+    assert result.returncode == 0 and "would get sav_val.tar" in result.stdout
+    assert not list((tmp_path / "other").glob("*.tar"))
+    unknown = run_launcher(tmp_path, "SUBSET=1p", launcher="download_sa_v.sh")
+    assert unknown.returncode == 2 and "known: LINKS NAMES OUTPUT JOBS PYTHON" in unknown.stderr

@@ -12,14 +12,13 @@ from pycocotools import mask as coco_mask
 from data.make_sample_sa1b import (
     MAX_MASKS,
     annotate,
-    bundled_paths,
     choose_regions,
     find_masks,
     iou_table,
-    list_photos,
     main,
     plan,
 )
+from sam3.engine.sample_set import bundled_paths, list_photos
 
 
 @pytest.fixture

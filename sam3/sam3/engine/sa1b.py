@@ -121,7 +121,7 @@ def read_annotations(path: str | Path) -> ImageAnnotations:
         text = path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no annotation file {path}; fetch it, or remove its picture") from error
-    with _naming_damage(path):
+    with naming_damage(path):
         document = json.loads(text)
         image, entries = document["image"], document["annotations"]
         height, width = image["height"], image["width"]
@@ -135,7 +135,7 @@ def build_annotations(source: Path, height: int, width: int, entries: Sequence[M
 
     source names the file in messages. ValueError for sides below 1 or above MAX_SIDE and for damaged entries.
     """
-    with _naming_damage(source):
+    with naming_damage(source):
         boxes = _table("bbox", [entry["bbox"] for entry in entries], 4)
         boxes[:, 2:] += boxes[:, :2]
         # SA-1B lists the points that its mask was made with; one was enough.
@@ -146,8 +146,8 @@ def build_annotations(source: Path, height: int, width: int, entries: Sequence[M
         }
         return ImageAnnotations(
             source=source,
-            height=_side("height", height),
-            width=_side("width", width),
+            height=whole_side("height", height),
+            width=whole_side("width", width),
             boxes=boxes,
             points=_table("point_coords", points, 2),
             areas=columns["area"],
@@ -158,7 +158,7 @@ def build_annotations(source: Path, height: int, width: int, entries: Sequence[M
 
 
 @contextmanager
-def _naming_damage(source: Path) -> Iterator[None]:
+def naming_damage(source: Path) -> Iterator[None]:
     """Turns whatever a damaged file leads to into a ValueError that names it."""
     try:
         yield
@@ -167,7 +167,8 @@ def _naming_damage(source: Path) -> Iterator[None]:
         raise ValueError(f"annotation file {source} is damaged: {reason}; fetch it again") from error
 
 
-def _side(name: str, value: Any) -> int:
+def whole_side(name: str, value: Any) -> int:
+    """A side of a picture in pixels as a file states it, maybe as 848.0. ValueError unless whole and 1..MAX_SIDE."""
     if not (isinstance(value, (int, float)) and 1 <= value <= MAX_SIDE and value == int(value)):
         raise ValueError(f"its {name} is {value!r}, wanted a whole number from 1 to {MAX_SIDE}")
     return int(value)
@@ -217,6 +218,11 @@ def run_lengths(segmentation: Any, height: int, width: int) -> np.ndarray:
     if runs.sum() != height * width or (runs < 0).any():
         raise ValueError(f"its runs cover {runs.sum()} pixels, the picture has {height * width}")
     return runs
+
+
+def decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The whole mask of run lengths that cover `height` x `width` pixels: bool `(H, W)`."""
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def _parse_counts(counts: str | bytes) -> np.ndarray:
