@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from sam3.visualize import distinct_colors, draw_objects, prompt_panels
+from sam3.visualize import (
+    distinct_colors,
+    draw_objects,
+    object_color,
+    overlay_masks,
+    overlay_prompts,
+    prompt_panels,
+)
 
 
 def test_colors_differ():
@@ -54,3 +62,45 @@ def test_panels_show_prompt_and_masks():
 def test_panels_without_prompt_and_masks():
     (photo,) = prompt_panels(torch.full((3, 8, 8), 7, dtype=torch.uint8), [])
     assert (np.asarray(photo) == 7).all()
+
+
+def test_overlay_of_objects_by_id():
+    frame = np.full((40, 60, 3), 100, dtype=np.uint8)
+    first, second, absent = (np.zeros((40, 60), dtype=bool) for _ in range(3))
+    first[20:36, 10:30] = True
+    second[30:40, 20:50] = True
+    drawn = overlay_masks(frame, {3: first, 8: second, 5: absent}, show_ids=False)
+    assert (drawn[25, 15] == (50 + 0.5 * object_color(3)).astype(np.uint8)).all()
+    assert (drawn[20, 12] == object_color(3)).all(), "the contour is solid"
+    assert (drawn[33, 20] == object_color(8)).all(), "the later object lies on top"
+    assert (drawn[39, 40] == object_color(8)).all(), "the picture's edge closes a contour"
+    changed = (drawn != 100).any(-1)
+    assert (changed == (first | second)).all()
+    assert (frame == 100).all(), "the frame itself is left alone"
+    assert (object_color(3) == distinct_colors(5)[3]).all(), "a colour depends on the id alone"
+    labelled = overlay_masks(frame, {3: first, 5: absent})
+    assert (labelled[20:34, 10:18] == 0).all(-1).any(), "the id stands on black"
+    assert (overlay_masks(frame, {5: absent}) == frame).all()
+
+
+def test_overlay_has_thicker_contours_on_larger_frames():
+    mask = np.zeros((800, 900), dtype=bool)
+    mask[100:300, 100:300] = True
+    drawn = overlay_masks(np.zeros((800, 900, 3), dtype=np.uint8), {1: mask}, opacity=0, show_ids=False)
+    assert drawn.any(-1)[200].nonzero()[0].tolist() == [100, 101, 298, 299]
+
+
+def test_overlay_refuses_masks_of_another_size():
+    with pytest.raises(ValueError, match=r"mask of object 2 has the shape \(4, 5\), its frame \(40, 60\)"):
+        overlay_masks(np.zeros((40, 60, 3), dtype=np.uint8), {2: np.ones((4, 5), dtype=bool)})
+
+
+def test_overlay_of_prompts():
+    frame = np.full((90, 120, 3), 100, dtype=np.uint8)
+    drawn = overlay_prompts(frame, 4, [(20, 30), (90.5, 60)], [1, 0], [(40, 40, 70, 500)])
+    assert (drawn[30, 20] == 255).all()
+    assert (drawn[60, 90] == 0).all()
+    assert (drawn[60, 40] == object_color(4)).all()
+    assert (drawn[89, 50] == object_color(4)).all(), "the box is brought onto the picture"
+    assert (frame == 100).all()
+    assert (overlay_prompts(frame, 4) == frame).all()

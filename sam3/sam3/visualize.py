@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +18,13 @@ GOLDEN_RATIO = 0.618034  # steps of it around the colour wheel never come close 
 
 def distinct_colors(count: int) -> np.ndarray:
     """`count` RGB colours, uint8 (count, 3), as different in hue as they can be."""
-    hues = (0.02 + GOLDEN_RATIO * np.arange(count)) % 1.0
-    colors = [colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]
-    return (np.array(colors).reshape(-1, 3) * 255).round().astype(np.uint8)
+    return np.array([object_color(number) for number in range(count)], dtype=np.uint8).reshape(-1, 3)
+
+
+def object_color(number: int) -> np.ndarray:
+    """Row `number` of `distinct_colors`, uint8 (3,): an object has one colour in all frames, whoever is beside it."""
+    color = colorsys.hsv_to_rgb((0.02 + GOLDEN_RATIO * number) % 1.0, 0.85, 1.0)
+    return (np.array(color) * 255).round().astype(np.uint8)
 
 
 def draw_objects(
@@ -36,23 +41,96 @@ def draw_objects(
     order = scores.argsort().tolist()
     colors = distinct_colors(len(order))
     for k in order:
-        mask = masks[k, 0].cpu().numpy()
-        pixels[mask] = ((1 - opacity) * pixels[mask] + opacity * colors[k]).astype(np.uint8)
-        pixels[_outline(mask)] = colors[k]
+        _tint(pixels, masks[k, 0].cpu().numpy(), colors[k], opacity)
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
-    unit = max(1, round(min(picture.size) / 400))  # line width, pixels
-    font = ImageFont.load_default(10 * unit + 2)
+    unit = _line_width(picture.size)
     for k in order if len(boxes) else []:
         color = tuple(colors[k].tolist())
         left, top, right, bottom = _clip(boxes[k].tolist(), picture.size)
         draw.rectangle((left, top, right, bottom), outline=color, width=unit)
         if not show_scores:
             continue
-        label = f"{scores[k].item():.2f}"
-        draw.rectangle(draw.textbbox((left + unit, top + unit), label, font=font), fill="black")
-        draw.text((left + unit, top + unit), label, fill=color, font=font)
+        _draw_label(draw, (left + unit, top + unit), f"{scores[k].item():.2f}", color, unit)
     return picture
+
+
+def overlay_masks(
+    frame: np.ndarray, masks: Mapping[int, np.ndarray], opacity: float = 0.5, show_ids: bool = True
+) -> np.ndarray:
+    """A frame with one colour and contour per object, and its id at the top left of its mask.
+
+    Args:
+        frame: uint8 (H, W, 3) RGB; left as it is.
+        masks: object id -> bool (H, W); later ones lie on top. An empty mask, an absent object, shows nothing.
+        opacity: of the masks, 0..1; the contours are solid.
+
+    Returns uint8 (H, W, 3). Raises ValueError if a mask has another size than the frame.
+    """
+    pixels = frame.copy()
+    unit = _line_width(frame.shape[:2])
+    visible = {}
+    for number, mask in masks.items():
+        if mask.shape != frame.shape[:2]:
+            raise ValueError(f"the mask of object {number} has the shape {mask.shape}, its frame {frame.shape[:2]}")
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        if not len(rows):
+            continue
+        visible[number] = (int(columns[0]), int(rows[0]))
+        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # nothing changes outside of it
+        _tint(pixels[part], mask[part], object_color(number), opacity, unit)
+    if not show_ids or not visible:
+        return pixels
+    picture = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(picture)
+    for number, corner in visible.items():
+        _draw_label(draw, corner, str(number), tuple(object_color(number).tolist()), unit)
+    return np.array(picture)
+
+
+def overlay_prompts(
+    frame: np.ndarray,
+    number: int,
+    points: Sequence[tuple[float, float]] = (),
+    labels: Sequence[int] = (),
+    boxes: Sequence[tuple[float, float, float, float]] = (),
+) -> np.ndarray:
+    """A frame with the prompts of object `number`: boxes in its colour, points white on it (1), black beside it (0).
+
+    Args:
+        frame: uint8 (H, W, 3) RGB; left as it is.
+        points: x, y in pixels, with one of `labels` each; boxes: left, top, right, bottom in pixels.
+
+    Returns uint8 (H, W, 3).
+    """
+    picture = Image.fromarray(frame)
+    color = tuple(object_color(number).tolist())
+    for box in boxes:
+        corners = _clip(list(box), picture.size)
+        ImageDraw.Draw(picture).rectangle(corners, outline=color, width=_line_width(picture.size))
+    for point, label in zip(points, labels, strict=True):
+        _draw_point(picture, torch.as_tensor(point), positive=bool(label))
+    return np.array(picture)
+
+
+def _line_width(size: tuple[int, int]) -> int:
+    """Pixels that look the same in pictures of every size (either order of the sides)."""
+    return max(1, round(min(size) / 400))
+
+
+def _tint(pixels: np.ndarray, mask: np.ndarray, color: np.ndarray, opacity: float, contour: int = 1) -> None:
+    """Colour `pixels` (H, W, 3) in place under a bool (H, W) mask, with a solid contour of so many pixels inside it."""
+    pixels[mask] = ((1 - opacity) * pixels[mask] + opacity * color).astype(np.uint8)
+    inner = mask
+    for _ in range(contour):
+        inner = inner & ~_outline(inner)
+    pixels[mask & ~inner] = color
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, color: tuple, unit: int) -> None:
+    font = ImageFont.load_default(10 * unit + 2)
+    draw.rectangle(draw.textbbox(corner, text, font=font), fill="black")
+    draw.text(corner, text, fill=color, font=font)
 
 
 def prompt_panels(
@@ -77,11 +155,12 @@ def prompt_panels(
     return panels
 
 
-def _draw_point(picture: Image.Image, point: Tensor) -> None:
+def _draw_point(picture: Image.Image, point: Tensor, positive: bool = True) -> None:
+    fill, outline = ("white", "black") if positive else ("black", "white")
     radius = max(2, round(min(picture.size) / 60))  # pixels
     x, y = point.tolist()
     circle = (x - radius, y - radius, x + radius, y + radius)
-    ImageDraw.Draw(picture).ellipse(circle, fill="white", outline="black", width=max(1, radius // 3))
+    ImageDraw.Draw(picture).ellipse(circle, fill=fill, outline=outline, width=max(1, radius // 3))
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
