@@ -8,9 +8,12 @@ PACKAGES = {
     "sam3.backbones": "sam3/sam3/backbones",
     "sam3.engine": "sam3/sam3/engine",
     "sam3.model": "sam3/sam3/model",
+    "sam3.sam": "sam3/sam3/sam",
     "stage1": "stage1",
     "stage1.data": "stage1/data",
     "stage1_geometry_finetune": "stage1_geometry_finetune",
+    "stage2": "stage2",
+    "stage2.data": "stage2/data",
 }
 
 REQUIRES = [

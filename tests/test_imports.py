@@ -16,16 +16,18 @@ ALLOWED = {
     "sam3": {"sam3"},
     "stage1": {"sam3", "stage1"},
     "stage1_geometry_finetune": {"sam3", "stage1_geometry_finetune"},
+    "stage2": {"sam3", "stage2"},
     "data": {"sam3"},
     "scripts": {"sam3"},
-    "benchmarks": {"sam3", "stage1", "stage1_geometry_finetune", "tests"},
+    "benchmarks": {"sam3", "stage1", "stage1_geometry_finetune", "stage2", "tests"},
 }
 OWN = {*ALLOWED, "tests"}
 # Inside the package: these do not know each other.
 STRANGERS = {
-    "sam3/sam3/engine": ("sam3.model", "sam3.backbones"),
+    "sam3/sam3/engine": ("sam3.model", "sam3.backbones", "sam3.sam"),
     "sam3/sam3/model/": ("sam3.engine",),
     "sam3/sam3/backbones": ("sam3.engine",),
+    "sam3/sam3/sam": ("sam3.engine",),
 }
 
 

@@ -1,0 +1,1 @@
+"""What Stage 2 reads: frames of videos, clips with masks."""
