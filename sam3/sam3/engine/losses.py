@@ -109,16 +109,32 @@ def mask_dice(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (total + 1)
 
 
-def mask_focal(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+def mask_focal(
+    logits: Tensor, targets: Tensor, valid: Tensor, alpha: float = FOCAL_ALPHA, gamma: float = FOCAL_GAMMA
+) -> Tensor:
     """Focal loss of each mask, a mean over its own valid pixels: `(R, K)`, 0 where nothing is valid.
 
     logits: `(R, K, H, W)`; targets: the same in 0..1; valid: `(R, 1, H, W)` of zeros and ones.
-    `a (1 - q)^2 bce` with `q = p t + (1 - p)(1 - t)` and `a = 0.25 t + 0.75 (1 - t)` (Lin et al. 2017, "Focal Loss for
-    Dense Object Detection", whose t is 0 or 1; soft targets mix the two linearly).
+    `a (1 - q)^gamma bce` with `q = p t + (1 - p)(1 - t)` and `a = alpha t + (1 - alpha)(1 - t)` (Lin et al. 2017,
+    "Focal Loss for Dense Object Detection", whose t is 0 or 1; soft targets mix the two linearly).
     """
     _check_masks(logits, targets, valid)
-    loss = sigmoid_focal_loss(logits.float(), targets.float(), FOCAL_ALPHA, FOCAL_GAMMA, reduction="none")
+    loss = sigmoid_focal_loss(logits.float(), targets.float(), alpha, gamma, reduction="none")
     return _mean_over_valid(loss, valid.float())
+
+
+def mask_soft_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """One minus the soft IoU of each mask over its own valid pixels: `(R, K)` in 0..1, 0 where nothing is valid.
+
+    logits: `(R, K, H, W)`; targets: the same in 0..1; valid: `(R, 1, H, W)` of zeros and ones.
+    `1 - (sum(p t) + 1) / (sum p + sum t - sum(p t) + 1)` with `p = sigmoid(logit)`.
+    """
+    _check_masks(logits, targets, valid)
+    valid = valid.float()
+    p = logits.float().sigmoid() * valid
+    overlap = (p * targets).sum((2, 3))
+    total = p.sum((2, 3)) + (targets * valid).sum((2, 3))
+    return 1 - (overlap + 1) / (total - overlap + 1)
 
 
 def _mean_over_valid(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,145 @@
+"""Following objects through a clip: the tracker's own steps, frame after frame, with one memory or another.
+
+The first frame is prompted and does not look at memory, so that it is the same for teacher and student and done once.
+From then on a frame sees what was remembered of the frames before it, made of the follower's own masks.
+
+Letters: V clips, B objects, T frames, K proposed masks, C channels, D memory channels, G side of the feature map,
+M = 4 G side of the masks, N memory tokens of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sam3.model.memory_bank import MemoryBank
+from sam3.model.sam3_video import Sam3VideoModel
+from sam3.model.tracker import FrameFeatures, ObjectMasks
+from sam3.model.tracker_memory import CompressedMemory, DenseMemory, GatheredMemory
+from stage2.data.batch import ClipBatch
+
+Memory = DenseMemory | CompressedMemory
+# Frame t, its memory-conditioned map (B, C, G, G), and the masks that the heads made of that.
+Visit = Callable[[int, Tensor, ObjectMasks], None]
+
+
+@dataclass
+class Clip:
+    """What all followers share. frames: features of the T frames, each of V clips. rows: (B,) clip of each object.
+    first: masks in frame 0. first_map: what is to be remembered of it, (B, D, G, G)."""
+
+    frames: Sequence[FrameFeatures]
+    rows: Tensor
+    first: ObjectMasks
+    first_map: Tensor
+
+    def features(self, t: int) -> FrameFeatures:
+        """Of frame t, for each object; of a single clip they are not copied, all objects share them."""
+        return self.frames[t] if len(self.frames[t].top) == 1 else self.frames[t].select(self.rows)
+
+
+class Rollout:
+    """Runs a frozen video model over clips. No module: whoever holds it neither trains, saves nor moves the model.
+
+    Args:
+        model: in eval mode, frozen, on its device.
+        recompute: where gradients flow, keep the memory of each frame only, and compute a frame's steps again in the
+            backward pass.
+    """
+
+    def __init__(self, model: Sam3VideoModel, recompute: bool = True):
+        self.model = model.eval().requires_grad_(False)
+        self.tracker = self.model.tracker
+        self.recompute = recompute
+
+    @torch.no_grad()
+    def start(self, batch: ClipBatch) -> Clip:
+        """Features of all frames, and the prompted first one."""
+        frames = [self._encode(batch, t) for t in range(batch.num_frames)]
+        first = self._prompted(frames[0].select(batch.clip_of_object), batch)
+        first_map = self.tracker.encode_memory(
+            frames[0].top[batch.clip_of_object], first.low, first.object_logits, from_prompt=True
+        )
+        return Clip(frames, batch.clip_of_object, first, first_map)
+
+    def follow(self, clip: Clip, visit: Visit, memory: Memory | None = None) -> None:
+        """Goes through frames 1 to T - 1 with a memory (the model's own if left out), calling `visit` at each."""
+        bank, num_frames = MemoryBank(), len(clip.frames)
+        bank.add(0, self.tracker.remember(clip.first_map, clip.first, memory), cond=True)
+        for t in range(1, num_frames):
+            gathered = self.tracker.gather(bank.plan(t, num_frames), bank.records, memory)
+            conditioned, heads, memory_map = self._step(clip.features(t), gathered, memory)
+            visit(t, conditioned, heads)
+            bank.add(t, self.tracker.remember(memory_map, heads, memory), cond=False)
+
+    def follow_both(self, clip: Clip, visit: Visit, target: Callable[[int, Tensor], None], memory: Memory) -> None:
+        """As `follow`, while the model's own memory looks at the same masks: `target(t, map)` gets what it makes of
+        them. Cheaper than a second roll-out by decoder and memory encoder."""
+        own, other, num_frames = MemoryBank(), MemoryBank(), len(clip.frames)
+        own.add(0, self.tracker.remember(clip.first_map, clip.first), cond=True)
+        other.add(0, self.tracker.remember(clip.first_map, clip.first, memory), cond=True)
+        for t in range(1, num_frames):
+            features = clip.features(t)
+            with torch.no_grad():
+                dense = self.tracker.gather(own.plan(t, num_frames), own.records)
+                target(t, self.tracker.condition(features.top, dense))
+            gathered = self.tracker.gather(other.plan(t, num_frames), other.records, memory)
+            conditioned, heads, memory_map = self._step(features, gathered, memory)
+            visit(t, conditioned, heads)
+            other.add(t, self.tracker.remember(memory_map, heads, memory), cond=False)
+            own.add(t, self.tracker.remember(memory_map, heads), cond=False)
+
+    # One frame --------------------------------------------------------------------------------------------------------
+
+    def _step(
+        self, features: FrameFeatures, gathered: GatheredMemory, memory: Memory | None
+    ) -> tuple[Tensor, ObjectMasks, Tensor]:
+        """Look at the memory, decode, and make what is to be remembered: conditioned map, masks, memory map."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._run(features, gathered, memory)
+        return checkpoint(self._run, features, gathered, memory, use_reentrant=False)
+
+    def _run(
+        self, features: FrameFeatures, gathered: GatheredMemory, memory: Memory | None
+    ) -> tuple[Tensor, ObjectMasks, Tensor]:
+        conditioned = self.tracker.condition(features.top, gathered, memory)
+        heads = self.tracker.predict_masks(conditioned, features.high_res, gathered.tokens.shape[0])
+        memory_map = self.tracker.encode_memory(features.top, heads.low, heads.object_logits, from_prompt=False)
+        return conditioned, heads, memory_map
+
+    def _encode(self, batch: ClipBatch, t: int) -> FrameFeatures:
+        if batch.embeddings is not None:
+            return self.model.encode(batch.embeddings[:, t].to(self.model.dtype))
+        images = self.model.preprocess.normalise(batch.images[:, t], batch.sizes)
+        return self.model.encode(images.to(self.model.dtype))
+
+    def _prompted(self, features: FrameFeatures, batch: ClipBatch) -> ObjectMasks:
+        """Each kind of prompt in a pass of its own, so that none gets padding that inference would not give it."""
+        parts, order = [], []
+        for kind, count in (("mask", 0), ("box", 2), ("click", 1)):
+            rows = batch.rows_of(kind)
+            if not rows:
+                continue
+            index = torch.tensor(rows).to(features.top.device, non_blocking=True)
+            own = features.select(index)
+            if kind == "mask":
+                mask = batch.masks[index, :1].float()
+                side = 16 * self.tracker.config.grid  # as the predictor enlarges a mask that it is given
+                parts.append(self.tracker.take_mask(own, F.interpolate(mask, (side, side), mode="bilinear")))
+            else:
+                conditioned = self.tracker.condition(own.top, None)
+                points = (batch.points[index, :count], batch.labels[index, :count])
+                parts.append(self.tracker.predict_masks(conditioned, own.high_res, len(rows), points))
+            order += rows
+        back = torch.tensor(order).argsort().to(features.top.device, non_blocking=True)
+
+        def join(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])[back]
+
+        low = join("low")  # as for candidates and ious: of each prompt, those of the chosen mask
+        return ObjectMasks(low, low, torch.ones_like(join("object_logits")), join("object_logits"), join("pointer"))
