@@ -17,6 +17,8 @@
 #   --print-command    print the command and end
 #   --dry-run          print the command, then run the program with --dry-run as one process, which prints its plan
 #
+# The launcher of a program that needs no device says LAUNCH_PLAIN=1: one process, and of these settings PYTHON only.
+#
 # Works with bash 3.2 (macOS).
 set -euo pipefail
 
@@ -34,7 +36,12 @@ knobs=" "
 for pair in $FLAGS; do
     knobs="$knobs${pair%%:*} "
 done
-knobs="${knobs}GPUS DEVICE NNODES NODE_RANK RDZV_BACKEND RDZV_ENDPOINT MASTER_PORT PYTHON "
+if [ "${LAUNCH_PLAIN:-0}" = 1 ]; then
+    GPUS=0 NNODES=1 DEVICE=""
+    knobs="${knobs}PYTHON "
+else
+    knobs="${knobs}GPUS DEVICE NNODES NODE_RANK RDZV_BACKEND RDZV_ENDPOINT MASTER_PORT PYTHON "
+fi
 
 extras=()
 dry_run=0
@@ -72,7 +79,7 @@ done
 [ "$NNODES" -ge 1 ] || fail "NNODES must be at least 1, got $NNODES"
 if [ "$GPUS" = 0 ]; then
     [ "$NNODES" = 1 ] || fail "GPUS=0 is one process on one machine; for CPU processes on $NNODES machines give DEVICE=cpu GPUS=1"
-    DEVICE=cpu
+    if [ "${LAUNCH_PLAIN:-0}" != 1 ]; then DEVICE=cpu; fi
 fi
 : "${RDZV_ENDPOINT:=localhost:$MASTER_PORT}"
 

@@ -82,6 +82,33 @@ def test_newest_passes_over_files_cut_short(tmp_path, caplog, monkeypatch):
     assert checkpoint.newest(tmp_path / "none") is None
 
 
+def save_step(folder: Path, step: int, name: str) -> Path:
+    return checkpoint.save(folder, packed(0) | {"step": step}, name)
+
+
+def test_newest_of_a_run_that_counts_steps(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sam3"), "propagate", True)
+    best = save_step(tmp_path, 30, checkpoint.BEST)
+    assert checkpoint.newest(tmp_path) is None  # it may be of a run that counts epochs
+    for step in (9, 20, 100):
+        save_step(tmp_path, step, checkpoint.step_name(step))
+    assert [path.name for path in checkpoint.listed(tmp_path)] == [
+        *("ckpt_step_100.pth", "ckpt_step_20.pth", "ckpt_step_9.pth"),
+    ]
+    (tmp_path / "ckpt_step_100.pth").write_bytes(b"cut")
+    assert checkpoint.newest(tmp_path) == best
+    latest = save_step(tmp_path, 30, checkpoint.LATEST)
+    assert checkpoint.newest(tmp_path) == latest  # as far as the best
+    save_step(tmp_path, 40, checkpoint.step_name(40))
+    assert checkpoint.newest(tmp_path).name == "ckpt_step_40.pth"
+    (tmp_path / "ckpt_step_40.pth").unlink()
+    latest.write_bytes(latest.read_bytes()[:100])
+    assert checkpoint.newest(tmp_path) == best
+    assert "ckpt_latest.pth cannot be read" in caplog.text
+    checkpoint.prune(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt_step_100.pth", "ckpt_best.pth", "ckpt_latest.pth"}
+
+
 def test_prune_and_leftovers(tmp_path):
     for epoch in range(4):
         checkpoint.save(tmp_path, packed(epoch))

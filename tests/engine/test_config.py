@@ -14,6 +14,7 @@ from sam3.engine.config import (
     flag_values_from,
     get,
     load_config,
+    remove,
     shared_defaults,
     to_dict,
 )
@@ -131,6 +132,55 @@ def test_the_dump_starts_the_same_run(tmp_path, defaults, name):
     parsed = json.loads(raw) if name.endswith("json") else yaml.safe_load(raw)
     assert parsed["TRAIN"]["OPTIMIZER"]["BETAS"] == [0.1, 0.2]
     assert to_dict(config)["TRAIN"]["BASE_LR"] == 3e-7
+
+
+ALIASES = {"TRAIN.BATCH": "DATA.BATCH_SIZE"}
+
+
+def test_two_names_of_one_key(tmp_path, defaults):
+    cfg = write(tmp_path / "c.yaml", "TRAIN:\n  BATCH: 5\n")
+    for opts, wanted in (
+        ([], 5),
+        (["DATA.BATCH_SIZE", "2"], 2),
+        (["TRAIN.BATCH", "3"], 3),
+        (["TRAIN.BATCH", "3", "DATA.BATCH_SIZE", "3"], 3),
+        (["TRAIN.BATCH", "3", "TRAIN.BATCH", "4"], 4),
+    ):
+        config = load_config(defaults, cfg, opts, aliases=ALIASES)
+        assert wanted == config.DATA.BATCH_SIZE
+    config = load_config(defaults, cfg, flag_values={"DATA.BATCH_SIZE": 9}, aliases=ALIASES)
+    assert config.DATA.BATCH_SIZE == 9
+    assert "BATCH" not in config.TRAIN
+    dump_config(config, tmp_path / "config.yaml")
+    assert load_config(defaults, tmp_path / "config.yaml", aliases=ALIASES) == config
+    both = r"DATA\.BATCH_SIZE and TRAIN\.BATCH are two names of one key, but .*c\.yaml sets them to 5 and 6; leave one"
+    with pytest.raises(ValueError, match=both):
+        load_config(
+            defaults,
+            write(tmp_path / "c.yaml", "DATA:\n  BATCH_SIZE: 5\nTRAIN:\n  BATCH: 6\n"),
+            ["DATA.BATCH_SIZE", "7"],
+            aliases=ALIASES,
+        )
+    with pytest.raises(ValueError, match=r"TRAIN\.BATCH in --opts is 'x' of type str, wanted int"):
+        load_config(defaults, opts=["TRAIN.BATCH", "x"], aliases=ALIASES)
+
+
+@pytest.mark.parametrize("name", ["--config", "--cfg"])
+def test_pairs_at_the_end(name, defaults):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser, SHARED_FLAGS, defaults, trailing=True)
+    parse = parser.parse_intermixed_args
+    args = parse([name, "a.yaml", "--seed", "3", "DATA.NUM_SAMPLES", "-1", "--device", "cpu", "TAG=b"])
+    assert (args.cfg, args.opts) == ("a.yaml", ["DATA.NUM_SAMPLES", "-1", "TAG=b"])
+    assert parse([name, "a.yaml"]).opts == []
+    config = load_config(defaults, opts=args.opts, flag_values=flag_values_from(args, SHARED_FLAGS))
+    assert (config.DATA.NUM_SAMPLES, config.TAG, config.SEED) == (-1, "b", 3)
+
+
+def test_remove(defaults):
+    for key in ("TRAIN.LR_SCHEDULER.NAME", "DATA", "NONE.SUCH", "TAG"):
+        remove(defaults, key)
+    assert "NAME" not in defaults.TRAIN.LR_SCHEDULER and "DATA" not in defaults and "TAG" not in defaults
 
 
 def parse(arguments: list[str], defaults: CfgNode) -> argparse.Namespace:

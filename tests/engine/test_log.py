@@ -50,6 +50,13 @@ def test_metrics_are_json_lines(tmp_path):
     assert abs(line["time"] - time.time()) < 60
 
 
+def test_the_main_process_may_have_another_file(tmp_path):
+    for rank in (0, 1):
+        log.setup(tmp_path, rank, "train.log").info(f"from {rank}")
+    assert {path.name for path in tmp_path.iterdir()} == {"train.log", "log_rank1.txt"}
+    assert "from 0" in (tmp_path / "train.log").read_text()
+
+
 def test_resuming_drops_lines_that_will_come_again(tmp_path):
     with MetricLog(tmp_path, tensorboard=False) as metrics:
         for step in (10, 20, 30):
@@ -77,6 +84,13 @@ def test_tensorboard_events_lie_below_date_and_time(tmp_path):
     board = EventAccumulator(str(events.parent)).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(4, 0.25)]
     assert (board.Images("maps")[0].height, board.Images("maps")[0].width) == (4, 5)
+
+
+def test_tensorboard_events_in_a_folder_of_their_own(tmp_path):
+    pytest.importorskip("tensorboard")
+    with MetricLog(tmp_path, tensorboard_folder="tensorboard") as metrics:
+        metrics.scalars(4, {"train/loss": 0.25})
+    assert [path.parent for path in tmp_path.glob("**/events.*")] == [tmp_path / "tensorboard"]
 
 
 def test_nothing_is_written_where_it_is_not_enabled(tmp_path):

@@ -141,5 +141,5 @@ def test_from_config():
     assert lr_at(500) == pytest.approx(0.5e-5)
     short = load_config(config, opts=["TRAIN.MAX_STEPS", "100"])
     assert schedule_from_config(short, 10)(100) == pytest.approx(1e-5)
-    optimizer = optimizer_from_config(config, nn.Linear(2, 2))
+    optimizer = optimizer_from_config(config, nn.Linear(2, 2), lr=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]

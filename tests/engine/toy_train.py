@@ -88,7 +88,7 @@ def run(
     sampler = EpochSampler(num_samples, batch_size, rank=world.rank, world_size=world.size, seed=3, drop_last=drop_last)
     loader = DataLoader(ToyData(num_samples, sleep_s, bad), batch_sampler=sampler, collate_fn=collate)
     loop_settings = LoopSettings(epochs=epochs, **settings)
-    total = epochs * loop_settings.steps_in(sampler.batches_per_epoch())
+    total = epochs * loop_settings.steps_in(sampler.batches_per_epoch()) or loop_settings.max_steps
     result = train(
         model,
         loader,
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True)
     for name, default in (("epochs", 2), ("batch-size", 4), ("accumulation", 1), ("save-steps", 0), ("max-steps", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    for name in ("latest-steps", "validate-steps"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="of a run that counts steps: --epochs 0")
     parser.add_argument("--sleep-s", type=float, default=0.0)
     parser.add_argument("--validate-s", type=float, default=0.0, help="seconds that validation takes")
     parser.add_argument("--device", default="cpu")
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def validate(epoch: int, step: int) -> dict[str, float]:
             (Path(args.output) / f"validating_{world.rank}").touch()
             time.sleep(args.validate_s)
-            return {"val/one": 1.0}
+            return {"val/one": 1.0, "val/far": float((7 * step) % 10)}
 
         path = checkpoint.resume_path(args.output, "", auto_resume=True) if world.is_main else None
         run(
@@ -136,9 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             accumulation=args.accumulation,
             save_steps=args.save_steps,
             max_steps=args.max_steps,
+            latest_steps=args.latest_steps,
+            validate_steps=args.validate_steps,
+            best_metric="val/far" if args.validate_steps else "",
             clip_grad=1.0,
             print_freq=2,
-            validate=validate if args.validate_s else None,
+            validate=validate if args.validate_s or args.validate_steps else None,
             resume=distributed.broadcast_object(path),
         )
     return 0

@@ -1,9 +1,11 @@
 """Checkpoints of a run: whole files of plain values, found by number, refused where they do not fit.
 
-`ckpt_epoch_<e>.pth` is written at the end of epoch e, `ckpt_epoch_<e>_step_<s>.pth` inside it after optimizer step s,
-`ckpt_best.pth` is the one with the best validation metric. Contents, readable with `torch.load(weights_only=True)`:
-model, optimizer, scaler (state dicts), epoch, step, samples, epoch_complete, rng (one state per process), world_size,
-sampler (what the order of samples depends on), config, meta, best (dicts).
+A run that counts epochs writes `ckpt_epoch_<e>.pth` at the end of epoch e and `ckpt_epoch_<e>_step_<s>.pth` inside it
+after optimizer step s; one that counts steps writes `ckpt_latest.pth` again and again and `ckpt_step_<s>.pth` now and
+then. `ckpt_best.pth` is the one with the best validation metric. Contents, the same in all of them and readable with
+`torch.load(weights_only=True)`: model, optimizer, scaler (state dicts), epoch, step, samples, epoch_complete, rng (one
+state per process), world_size, sampler (what the order of samples depends on), config, meta, best (dicts),
+validated_step.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from sam3.engine import files
 
 log = logging.getLogger("sam3.checkpoint")
 
-NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
+NAME = re.compile(r"ckpt_(?:epoch_(?P<epoch>\d+)(?:_step_(?P<inside>\d+))?|step_(?P<step>\d+))\.pth")
 BEST = "ckpt_best.pth"
+LATEST = "ckpt_latest.pth"
 KEYS = (
     *("model", "optimizer", "scaler", "epoch", "step", "samples", "epoch_complete"),
     *("rng", "world_size", "sampler", "meta"),
@@ -66,9 +69,11 @@ def pack(
     config: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
     best: Mapping[str, float] | None = None,
+    validated_step: int = 0,
 ) -> dict[str, Any]:
     """The contents of a checkpoint. `position.epoch` is the epoch under way or just completed.
 
+    validated_step: the optimizer step after which the last validation was done; 0 before the first.
     Raises ValueError if a floating-point tensor of the model holds NaN or infinities, naming it.
     """
     for name, tensor in model.items():
@@ -91,14 +96,20 @@ def pack(
         "config": plain(config or {}),
         "meta": plain(meta or {}),
         "best": plain(best or {}),
+        "validated_step": validated_step,
     }
 
 
 def file_name(payload: Mapping[str, Any]) -> str:
-    """Name of the file for these contents."""
+    """Name of the file for these contents in a run that counts epochs."""
     if payload["epoch_complete"]:
         return f"ckpt_epoch_{payload['epoch']}.pth"
     return f"ckpt_epoch_{payload['epoch']}_step_{payload['step']}.pth"
+
+
+def step_name(step: int) -> str:
+    """Name of the file that a run that counts steps keeps of this one."""
+    return f"ckpt_step_{step}.pth"
 
 
 def save(folder: str | Path, payload: Mapping[str, Any], name: str | None = None) -> Path:
@@ -119,7 +130,7 @@ def save(folder: str | Path, payload: Mapping[str, Any], name: str | None = None
 
 
 def prune(folder: str | Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` numbered checkpoints; 0 keeps all. `ckpt_best.pth` always stays."""
+    """Remove all but the newest `keep_last` numbered checkpoints; 0 keeps all. Those without a number always stay."""
     if keep_last > 0:
         for path in listed(folder)[keep_last:]:
             path.unlink()
@@ -150,16 +161,29 @@ def plain(value: Any) -> Any:
 def listed(folder: str | Path) -> list[Path]:
     """The folder's numbered checkpoints, newest first; the end of an epoch is newer than any step inside it."""
     found = []
-    for path in Path(folder).glob("ckpt_epoch_*.pth"):
+    for path in Path(folder).glob("ckpt_*.pth"):
         if match := NAME.fullmatch(path.name):
-            step = float("inf") if match[2] is None else int(match[2])
-            found.append((int(match[1]), step, path))
+            epoch, step = int(match["epoch"] or -1), float(match["inside"] or match["step"] or "inf")
+            found.append((epoch, step, path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The newest checkpoint that can be read, or None; unreadable ones are passed over with a warning."""
-    for path in listed(folder):
+    """The newest checkpoint that can be read, or None; unreadable ones are passed over with a warning.
+
+    In a run that counts steps the latest and the best compete with the numbered ones, by the step that they hold.
+    """
+    numbered, latest, best = listed(folder), Path(folder) / LATEST, Path(folder) / BEST
+    counts_steps = latest.is_file() or (bool(numbered) and numbered[0].name.startswith("ckpt_step_"))
+    groups = [[latest], [best], numbered] if counts_steps else [numbered]
+    found = [path for group in groups if (path := _first_readable(group))]
+    return max(found, key=lambda path: load(path)["step"], default=None)
+
+
+def _first_readable(paths: Iterable[Path]) -> Path | None:
+    for path in paths:
+        if not path.is_file():
+            continue
         try:
             load(path)
         except ValueError as error:
@@ -181,7 +205,7 @@ def resume_path(output: str | Path, resume: str, auto_resume: bool) -> Path | No
     if found and explicit and found.resolve() != explicit.resolve():
         log.info(f"going on from {found}, not from {explicit}; TRAIN.AUTO_RESUME False would take the latter")
     if resume == "auto" and not found:
-        raise ValueError(f"nothing to resume: no readable ckpt_epoch_*.pth in {output}")
+        raise ValueError(f"nothing to resume: no readable checkpoint in {output}")
     return found or explicit
 
 

@@ -127,22 +127,26 @@ def load_config(
     *,
     retired: Mapping[str, str] | None = None,
     choices: Mapping[str, Sequence[Any]] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    opts_name: str = "--opts",
 ) -> CfgNode:
     """Merge all sources over a copy of `defaults` and freeze the result.
 
     cfg_file: YAML, or JSON as `dump_config` writes it. opts: `KEY VALUE` pairs or `KEY=VALUE` items.
     flag_values: dotted key -> value, from `flag_values_from`. retired: dotted key (or a whole node) -> why it cannot be
     set, as a clause that follows "cannot be set:". choices: dotted key -> allowed values, besides SHARED_CHOICES.
-    Raises ValueError for an unknown or retired key, a wrong type or choice, or a BASE cycle, naming the source.
+    aliases: other name of a key -> its name in the config. opts_name: what messages call the place of `opts`.
+    Raises ValueError for an unknown or retired key, a wrong type or choice, a BASE cycle, or a key that one source sets
+    by two names to two values, naming the source.
     """
     config = defaults.clone()
     config.defrost()
-    merge = _Merge(config, defaults, retired or {})
+    merge = _Merge(config, defaults, retired or {}, aliases or {})
     if cfg_file:
         for path, content in _read_chain(Path(cfg_file)):
             merge.node(content, "", str(path))
-    for key, value in _parse_opts(opts):
-        merge.key(key, value, "--opts")
+    for key, value in _parse_opts(opts, opts_name):
+        merge.key(key, value, opts_name)
     for key, value in (flag_values or {}).items():
         merge.key(key, value, "the flags")
     _check_choices(config, {**SHARED_CHOICES, **(choices or {})})
@@ -171,17 +175,35 @@ def get(config: CfgNode, key: str) -> Any:
     return value
 
 
+def remove(config: CfgNode, key: str) -> None:
+    """Take a dotted key or group out of unfrozen defaults, if it is there."""
+    *groups, name = key.split(".")
+    node: Any = config
+    for group in groups:
+        node = node.get(group, {})
+    node.pop(name, None)
+
+
 # Flags -------------------------------------------------------------------------------------------------------------
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, flags: Mapping[str, FlagAction], defaults: CfgNode, cfg_required: bool = True
+    parser: argparse.ArgumentParser, flags: Mapping[str, FlagAction], defaults: CfgNode, trailing: bool = False
 ) -> None:
-    """Add `--cfg`, `--opts` and the flags of a table, in both spellings (`--batch-size`, `--batch_size`)."""
-    parser.add_argument("--cfg", metavar="FILE", required=cfg_required, help="YAML file, or the config.json of a run")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override"
-    )
+    """Add `--cfg`, `--opts` and the flags of a table, in both spellings (`--batch-size`, `--batch_size`).
+
+    trailing: the file is called `--config`, and KEY VALUE pairs need no `--opts` before them; parse such arguments with
+    `parse_intermixed_args`.
+    """
+    if trailing:
+        text = "YAML file, or the config.yaml of a run"
+        parser.add_argument("--config", "--cfg", dest="cfg", metavar="FILE", required=True, help=text)
+        parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE", help="config keys to override")
+    else:
+        parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML file, or the config.json of a run")
+        parser.add_argument(
+            "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override"
+        )
     group = parser.add_argument_group("shorthands for config keys")
     for flag, action in flags.items():
         names = list(dict.fromkeys([flag, "--" + flag[2:].replace("-", "_")]))
@@ -253,7 +275,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_opts(opts: Sequence[str]) -> list[tuple[str, str]]:
+def _parse_opts(opts: Sequence[str], source: str) -> list[tuple[str, str]]:
     """`["A.B", "1", "C=2"]` -> `[("A.B", "1"), ("C", "2")]`."""
     pairs: list[tuple[str, str]] = []
     items = iter(opts)
@@ -264,7 +286,7 @@ def _parse_opts(opts: Sequence[str]) -> list[tuple[str, str]]:
             continue
         value = next(items, None)
         if value is None:
-            raise ValueError(f"--opts takes KEY VALUE pairs, but {item!r} has no value")
+            raise ValueError(f"{source} takes KEY VALUE pairs, but {item!r} has no value")
         pairs.append((item, value))
     return pairs
 
@@ -272,8 +294,11 @@ def _parse_opts(opts: Sequence[str]) -> list[tuple[str, str]]:
 class _Merge:
     """Sets keys of `config`; the types are those of `defaults`."""
 
-    def __init__(self, config: CfgNode, defaults: CfgNode, retired: Mapping[str, str]) -> None:
-        self.config, self.defaults, self.retired = config, defaults, retired
+    def __init__(
+        self, config: CfgNode, defaults: CfgNode, retired: Mapping[str, str], aliases: Mapping[str, str]
+    ) -> None:
+        self.config, self.defaults, self.retired, self.aliases = config, defaults, retired, aliases
+        self._set_as: dict[tuple[str, str], str] = {}  # (source, key) -> the name by which it was set there
 
     def node(self, content: Mapping[str, Any], prefix: str, source: str) -> None:
         for key, value in content.items():
@@ -283,7 +308,8 @@ class _Merge:
             else:
                 self.key(dotted, value, source)
 
-    def key(self, key: str, value: Any, source: str) -> None:
+    def key(self, name: str, value: Any, source: str) -> None:
+        key = self.aliases.get(name, name)
         parts = key.split(".")
         for i in range(1, len(parts) + 1):
             reason = self.retired.get(".".join(parts[:i]))
@@ -297,7 +323,14 @@ class _Merge:
         if isinstance(default, CfgNode):
             raise ValueError(f"{key} in {source} is a group of keys, but got {value!r}; set one of its keys")
         node = get(self.config, ".".join(parts[:-1])) if len(parts) > 1 else self.config
-        node[parts[-1]] = _coerce(value, default, key, source)
+        value = _coerce(value, default, name, source)
+        other = self._set_as.setdefault((source, key), name)
+        if other != name and node[parts[-1]] != value:
+            raise ValueError(
+                f"{other} and {name} are two names of one key, but {source} sets them to {node[parts[-1]]!r} and "
+                f"{value!r}; leave one out"
+            )
+        node[parts[-1]] = value
 
 
 _ABSENT = object()

@@ -20,10 +20,11 @@ Item = TypeVar("Item")
 LINE = "[%(asctime)s] %(message)s"
 
 
-def setup(output: str | Path | None = None, rank: int = 0) -> logging.Logger:
-    """Make the loggers below `sam3` speak: on the console in process 0, and in `<output>/log_rank<r>.txt` in each.
+def setup(output: str | Path | None = None, rank: int = 0, main_file: str = "log_rank0.txt") -> logging.Logger:
+    """Make the loggers below `sam3` speak: on the console in process 0, and in a file in `output` in each.
 
-    Files are appended to, and hold debug lines too. Calling it again replaces what an earlier call set up.
+    The files are `main_file` of process 0 and `log_rank<r>.txt` of the others; they are appended to, and hold debug
+    lines too. Calling it again replaces what an earlier call set up.
     """
     logger = logging.getLogger("sam3")
     for handler in list(logger.handlers):
@@ -36,7 +37,8 @@ def setup(output: str | Path | None = None, rank: int = 0) -> logging.Logger:
     handlers: list[logging.Handler] = [console]
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(output) / f"log_rank{rank}.txt", mode="a", encoding="utf-8"))
+        name = main_file if rank == 0 else f"log_rank{rank}.txt"
+        handlers.append(logging.FileHandler(Path(output) / name, mode="a", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(LINE, datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -47,7 +49,8 @@ class MetricLog:
     """Numbers and pictures of a run, written by process 0; in other processes (or without output) it does nothing.
 
     Numbers go to `<output>/metrics.jsonl`, one object a line with `step` and `time`, appended over restarts, and with
-    the pictures to TensorBoard events in `<output>/<YYYY-MM-DD>/<HH-MM-SS>/` and to wandb, as asked for.
+    the pictures to TensorBoard events in `<output>/<YYYY-MM-DD>/<HH-MM-SS>/` (or in `tensorboard_folder` of the output)
+    and to wandb, as asked for.
     resume_step: lines of this step and later are removed first, because the resumed run writes them again.
     Units stand in the names: `train/step_ms`, `train/max_mem_gib`. Raises ValueError if an asked-for package is absent.
     """
@@ -58,6 +61,7 @@ class MetricLog:
         *,
         enabled: bool = True,
         tensorboard: bool = True,
+        tensorboard_folder: str = "",
         wandb_project: str | None = None,
         run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
@@ -69,7 +73,8 @@ class MetricLog:
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
         if tensorboard:
-            self._board = _open_tensorboard(output / time.strftime("%Y-%m-%d") / time.strftime("%H-%M-%S"), resume_step)
+            folder = tensorboard_folder or time.strftime("%Y-%m-%d/%H-%M-%S")
+            self._board = _open_tensorboard(output / folder, resume_step)
         if wandb_project:
             self._wandb = _open_wandb(output, wandb_project, run_name, config)
         path = output / "metrics.jsonl"

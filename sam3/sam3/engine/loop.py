@@ -7,9 +7,7 @@ signals are done here.
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +21,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from sam3.engine import amp, checkpoint, distributed, meters, rng
+from sam3.engine import amp, checkpoint, distributed, meters, optim, rng
 from sam3.engine.batch import to_device
 from sam3.engine.distributed import World
 from sam3.engine.log import MetricLog
-from sam3.engine.loop_settings import LoopSettings, TrainResult
-from sam3.engine.optim import LrAt
+from sam3.engine.loop_settings import LoopSettings, TrainResult, divides
 from sam3.engine.sampler import EpochSampler
 from sam3.engine.signals import StoppedBySignal, StopSignals
 from sam3.engine.stop_agreement import StopAgreement
@@ -43,7 +40,7 @@ def train(
     loader: DataLoader,
     sampler: EpochSampler,
     optimizer: torch.optim.Optimizer,
-    lr_at: LrAt,
+    lr_at: optim.LrAt,
     settings: LoopSettings,
     *,
     world: World,
@@ -55,13 +52,13 @@ def train(
     metrics: MetricLog | None = None,
     resume: Mapping[str, Any] | None = None,
 ) -> TrainResult:
-    """Train `model` until `settings.epochs` or `max_steps`.
+    """Train `model` until `settings.epochs` or `max_steps`; `LoopSettings` says when it validates and saves.
 
     model: on `world.device`; `forward(batch) -> {"total": scalar, ...}`, the others are logged. It is wrapped for
     several processes here. loader: its batch_sampler is `sampler`. lr_at: learning rate of optimizer step 0, 1, ...
     output: folder of the checkpoints; None saves nothing. saved: the part of the model that checkpoints hold (all).
     config, meta: plain dicts stored in them. validate(epoch, step): named results, the same on every process; called
-    after each epoch with the model in eval mode, without gradients. resume: contents of a checkpoint that
+    with the model in eval mode, without gradients. resume: contents of a checkpoint that
     `checkpoint.check_fits` has accepted.
     Raises StoppedBySignal after saving on SIGTERM, SIGUSR1 or Ctrl-C, and what `validate` raises, also after saving;
     ValueError for data too small for one step, weights that do not fit, or `max_bad_steps` non-finite steps in a row.
@@ -87,7 +84,7 @@ class _Run:
     loader: DataLoader
     sampler: EpochSampler
     optimizer: torch.optim.Optimizer
-    lr_at: LrAt
+    lr_at: optim.LrAt
     settings: LoopSettings
     world: World
     output: Path | None
@@ -103,7 +100,7 @@ class _Run:
         if self.steps_per_epoch < 1:
             raise ValueError(
                 f"{batches} batches per epoch and process are fewer than the {self.settings.accumulation} accumulated "
-                "for one step; lower --accumulation-steps or --batch-size"
+                "for one step; lower TRAIN.ACCUMULATION_STEPS or DATA.BATCH_SIZE"
             )
         self.ddp = distributed.wrap(self.model, self.world.device, self.settings.find_unused_parameters)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -116,13 +113,18 @@ class _Run:
 
     def run(self, signals: StopSignals) -> TrainResult:
         self.signals, self.agreement = signals, StopAgreement(signals)
-        if self.at.epoch >= self.settings.epochs or self._max_steps_done():
+        if self._validation_owed():
+            self._after_step()
+        if self._done():
             log.info(f"nothing left to train: {self.at.epoch} epochs, {self.at.step} steps are done")
-        while self.at.epoch < self.settings.epochs and not self._max_steps_done():
+        while not self._done():
             self._train_epoch()
             self._end_epoch()
         self.result.step_s = self.watch.seconds_per_step
         return self.result
+
+    def _done(self) -> bool:
+        return self._max_steps_done() or 0 < self.settings.epochs <= self.at.epoch
 
     def _train_epoch(self) -> None:
         """The steps left in the epoch, or until max_steps."""
@@ -142,10 +144,8 @@ class _Run:
             last = i + 1 == settings.steps_in(batches_left) or self._max_steps_done()
             if at.step % settings.print_freq == 0 or last:
                 self._report(self.lr_at(first_step + i))
-            if settings.validate_steps and at.step % settings.validate_steps == 0 and not last:
-                self._validate_mid_epoch()
-            if settings.save_steps and at.step % settings.save_steps == 0 and not last:
-                self._save(self._pack(epoch_complete=False))
+            if settings.counts_steps or not last:
+                self._after_step()
             if signum := self.agreement.settle() if last else self.agreement.step():
                 self._stop(signum, self._pack(epoch_complete=False))
             if last:
@@ -163,21 +163,57 @@ class _Run:
         return self.at.epoch * self.steps_per_epoch + self.settings.steps_in(batches)
 
     def _end_epoch(self) -> None:
-        """Validate, keep the best, save."""
+        """Validate, keep the best, save, and go on to the next; a run that counts steps goes on only."""
         settings, at = self.settings, self.at
         complete = settings.steps_in(len(self.sampler)) == 0
+        if not settings.counts_steps:
+            self._validate_and_save_epoch(complete)
+        if complete:
+            at.epoch, at.samples = at.epoch + 1, 0
+
+    def _validate_and_save_epoch(self, complete: bool) -> None:
+        settings, at = self.settings, self.at
         payload = self._pack(epoch_complete=complete)
         # If a signal or an error ends the validation, the file says that it is still to be done.
         improved = self._validate(payload and {**payload, "epoch_complete": False})
         final = at.epoch + 1 == settings.epochs or self._max_steps_done()
         if payload is not None:
-            payload["best"] = checkpoint.plain(self.result.best)
+            payload |= self._verdict()
             if improved:
                 self._save(payload, checkpoint.BEST)
             if final or (at.epoch + 1) % settings.save_freq == 0:
                 self._save(payload)
-        if complete:
-            at.epoch, at.samples = at.epoch + 1, 0
+
+    def _after_step(self) -> None:
+        """Validate and save where the number of the step says so.
+
+        A run that counts steps saves the latest last: what is missing after a kill is then done by the resumed run.
+        """
+        settings, step = self.settings, self.at.step
+        validates, keeps = settings.validates_after(step), divides(settings.save_steps, step)
+        latest = settings.counts_steps and (validates or divides(settings.latest_steps, step))
+        if not (validates or keeps or latest):
+            return
+        payload = self._pack(epoch_complete=False)
+        if validates:
+            if latest:
+                self._save(payload)  # a validation may take long
+            improved = self._validate(payload)
+            payload = payload and {**payload, **self._verdict()}
+            if improved:
+                self._save(payload, checkpoint.BEST)
+            self._train_mode()
+        if keeps:
+            self._save(payload, checkpoint.step_name(step) if settings.counts_steps else None)
+        if latest:
+            self._save(payload)
+        self.watch.resume()
+
+    def _validation_owed(self) -> bool:
+        """Whether the resumed run was stopped before or in the validation after its last step."""
+        if self.validate is None or not self.settings.counts_steps or not self.at.step:
+            return False
+        return self.settings.validates_after(self.at.step) and self.result.validated_step != self.at.step
 
     def _max_steps_done(self) -> bool:
         return 0 < self.settings.max_steps <= self.at.step
@@ -253,9 +289,8 @@ class _Run:
         self.metrics.scalars(at.step, values)
         done, total = self._done_steps(), settings.max_steps or settings.epochs * self.steps_per_epoch
         remaining_s = (total - done) * self.watch.seconds_per_step
-        log.info(
-            f"epoch {at.epoch}/{settings.epochs} " + meters.step_line(done, total, values, settings.unit, remaining_s)
-        )
+        epoch = f"epoch {at.epoch}" + ("" if settings.counts_steps else f"/{settings.epochs}")
+        log.info(f"{epoch} {meters.step_line(done, total, values, settings.unit, remaining_s)}")
 
     # Validation -----------------------------------------------------------------------------------------------------
 
@@ -266,41 +301,27 @@ class _Run:
         """
         if self.validate is None:
             return False
+        settings, at = self.settings, self.at
         self.ddp.eval()
         try:
             with self.signals.interrupting(), rng.preserved(), torch.no_grad():
-                values = dict(self.validate(self.at.epoch, self.at.step))
-            better = self._is_best(values)
+                values = dict(self.validate(at.epoch, at.step))
+            better = self.result.add_validation(values, settings.best_metric, settings.best_mode)
         except (StoppedBySignal, Exception) as error:
             # RuntimeError: another process left a collective because of the signal
             if self.signals.received and isinstance(error, (StoppedBySignal, RuntimeError)):
                 self._stop(self.signals.received, payload, together=False)
             if path := self._save(payload):
-                log.error(f"validation failed after step {self.at.step}; the same command goes on from {path}")
+                log.error(f"validation failed after step {at.step}; the same command goes on from {path}")
             raise
-        self.result.validation = values
-        self.metrics.scalars(self.at.step, values)
-        log.info(f"epoch {self.at.epoch} validation: " + ", ".join(f"{n} {v:.5g}" for n, v in values.items()))
+        self.metrics.scalars(at.step, values)
+        place = f"step {at.step}" if settings.counts_steps else f"epoch {at.epoch}"
+        log.info(f"{place} validation: " + ", ".join(f"{n} {v:.5g}" for n, v in values.items()))
         return better
 
-    def _is_best(self, values: Mapping[str, float]) -> bool:
-        name, mode = self.settings.best_metric, self.settings.best_mode
-        if not name:
-            return False
-        if name not in values:
-            raise ValueError(f"best_metric {name!r} is not among the validation's results: {', '.join(values)}")
-        before = self.result.best.get("value", math.inf if mode == "min" else -math.inf)
-        better = values[name] < before if mode == "min" else values[name] > before
-        if better:
-            self.result.best = {"metric": name, "value": values[name], "epoch": self.at.epoch, "step": self.at.step}
-        return better
-
-    def _validate_mid_epoch(self) -> None:
-        payload = self._pack(epoch_complete=False)
-        if self._validate(payload) and payload is not None:
-            self._save({**payload, "best": checkpoint.plain(self.result.best)}, checkpoint.BEST)
-        self._train_mode()
-        self.watch.resume()
+    def _verdict(self) -> dict[str, Any]:
+        """What a validation changes in a checkpoint."""
+        return {"best": checkpoint.plain(self.result.best), "validated_step": self.result.validated_step}
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -323,12 +344,14 @@ class _Run:
             sampler=self.sampler.state_dict(),
             config=self.config,
             meta=self.meta,
-            best=self.result.best,
+            **self._verdict(),
         )
 
     def _save(self, payload: Mapping[str, Any] | None, name: str | None = None) -> Path | None:
         if payload is None:
             return None
+        if name is None and self.settings.counts_steps:
+            name = checkpoint.LATEST
         path = checkpoint.save(self.output, payload, name)
         checkpoint.prune(self.output, self.settings.keep_last)
         log.info(f"saved {path}")
@@ -352,18 +375,12 @@ class _Run:
             self.saved.load_state_dict(payload["model"], strict=True)
         except RuntimeError as error:
             raise ValueError(f"the checkpoint's weights do not fit the model: {error}") from error
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        try:
-            # A copy: the payload's tensors are views of the file.
-            self.optimizer.load_state_dict(copy.deepcopy(payload["optimizer"]))
-        except ValueError as error:
-            raise ValueError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # weight decay and the like are this run's, as the learning rate is
+        optim.load_moments(self.optimizer, payload["optimizer"])
         if payload["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(payload["scaler"])
         self.result.position = self.at = checkpoint.position_of(payload)
         self.result.best = dict(payload.get("best", {}))
+        self.result.validated_step = payload.get("validated_step", 0)
         if self.at.samples:
             self.sampler.load_state_dict(payload["sampler"])
         if payload["world_size"] == self.world.size:

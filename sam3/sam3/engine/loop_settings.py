@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +13,20 @@ from sam3.engine import amp
 from sam3.engine.checkpoint import Position
 
 
+def divides(interval: int, step: int) -> bool:
+    """Whether something that is done every `interval` steps, 0 for never, is due after `step`."""
+    return interval > 0 and step % interval == 0
+
+
 @dataclass(frozen=True)
 class LoopSettings:
-    """How to train. `from_config` reads the shared config keys; a stage may `dataclasses.replace` the rest."""
+    """How to train. `from_config` reads the shared config keys; a stage may `dataclasses.replace` the rest.
 
-    epochs: int
+    A run counts epochs, and validates and saves after each; or steps, with `epochs` 0: then `max_steps` is its length,
+    and it validates and saves at intervals of steps and at the end.
+    """
+
+    epochs: int  # 0: as many as max_steps needs
     max_steps: int = 0  # stop after so many optimizer steps, if sooner; 0 sets no such limit
     accumulation: int = 1  # micro-batches per optimizer step
     step_remainder: bool = False  # step on the epoch's last batches if they are fewer than `accumulation`, or drop them
@@ -24,8 +35,9 @@ class LoopSettings:
     max_bad_steps: int = 20  # abort after so many steps in a row with non-finite gradients
     print_freq: int = 10  # steps
     save_freq: int = 1  # epochs
-    save_steps: int = 0  # steps; 0 saves at the end of epochs only
-    validate_steps: int = 0  # steps; 0 validates at the end of epochs only
+    save_steps: int = 0  # steps; 0 saves at the end of epochs, or keeps no step, only
+    latest_steps: int = 0  # steps between saves of ckpt_latest.pth, which is also saved at validations; counting steps
+    validate_steps: int = 0  # steps; 0 validates at the end of epochs, or of the run, only
     keep_last: int = 0  # checkpoints; 0 keeps all
     best_metric: str = ""  # name among the validation's results that ckpt_best.pth follows
     best_mode: str = "min"  # min | max
@@ -56,13 +68,29 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulation", "print_freq", "save_freq", "max_bad_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) < 1 and not (name == "epochs" and self.counts_steps):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "save_steps", "validate_steps", "keep_last", "clip_grad"):
+        for name in ("max_steps", "save_steps", "latest_steps", "validate_steps", "keep_last", "clip_grad"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.best_mode not in ("min", "max"):
             raise ValueError(f"best_mode is {self.best_mode!r}; choose min or max")
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether `max_steps` alone is the run's length."""
+        return self.epochs == 0 and self.max_steps > 0
+
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation inside an epoch is due after this step: at intervals, and as a run's last."""
+        return divides(self.validate_steps, step) or (self.counts_steps and step >= self.max_steps)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.counts_steps:
+            return self.max_steps
+        total = self.epochs * steps_per_epoch
+        return min(total, self.max_steps) if self.max_steps else total
 
     def steps_in(self, batches: int) -> int:
         """Optimizer steps that so many batches of one process make."""
@@ -71,9 +99,30 @@ class LoopSettings:
 
 @dataclass
 class TrainResult:
-    """How a run ended. validation: the last results. step_s: mean seconds per optimizer step of this process."""
+    """How a run ended. validation: the last results, those of step `validated_step`; best: where and how good it was.
+
+    step_s: mean seconds per optimizer step of this process.
+    """
 
     position: Position
     validation: dict[str, float] = field(default_factory=dict)
+    validated_step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     step_s: float = 0.0
+
+    def add_validation(self, values: Mapping[str, float], metric: str, mode: str) -> bool:
+        """Take over results of the present position; whether `values[metric]` is the best so far ("": never).
+
+        ValueError if there is no such result.
+        """
+        if metric and metric not in values:
+            raise ValueError(f"best_metric {metric!r} is not among the validation's results: {', '.join(values)}")
+        self.validation, self.validated_step = dict(values), self.position.step
+        if not metric:
+            return False
+        before = self.best.get("value", math.inf if mode == "min" else -math.inf)
+        better = values[metric] < before if mode == "min" else values[metric] > before
+        if better:
+            at = self.position
+            self.best = {"metric": metric, "value": values[metric], "epoch": at.epoch, "step": at.step}
+        return better

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ def build_optimizer(
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     raise ValueError(f"optimizer {name!r} is unknown; choose adamw or sgd")
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over what a checkpoint's optimizer has gathered; weight decay and the like stay this run's.
+
+    Raises ValueError if it is another model's.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(copy.deepcopy(state))  # a copy: a checkpoint's tensors are views of the file
+    except ValueError as error:
+        raise ValueError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def lr_scale(batch_size: int, world_size: int, accumulation: int = 1) -> float:
@@ -155,13 +170,13 @@ def schedule_from_config(config: Any, steps_per_epoch: int, scale: float = 1.0) 
     )
 
 
-def optimizer_from_config(config: Any, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_from_config(config: Any, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Parameter groups and optimizer from the shared TRAIN keys; the loop sets the learning rate before each step."""
     train = config.TRAIN
     return build_optimizer(
         train.OPTIMIZER.NAME,
         parameter_groups(model, train.WEIGHT_DECAY),
-        lr=train.BASE_LR,
+        lr=lr,
         betas=train.OPTIMIZER.BETAS,
         eps=train.OPTIMIZER.EPS,
         momentum=train.OPTIMIZER.MOMENTUM,

@@ -52,10 +52,15 @@ MINIMA = {
 }
 
 
-def make_parser(description: str, flags: Mapping[str, FlagAction], defaults: CfgNode) -> argparse.ArgumentParser:
-    """A parser with `--cfg`, `--opts`, the flags of a table, and `--local-rank`; see `check_local_rank`."""
+def make_parser(
+    description: str, flags: Mapping[str, FlagAction], defaults: CfgNode, trailing: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with `--cfg`, `--opts`, the flags of a table, and `--local-rank`; see `check_local_rank`.
+
+    trailing: with `--config` and KEY VALUE pairs at the end in place of the first two.
+    """
     parser = cli.make_parser(description)
-    add_config_arguments(parser, flags, defaults)
+    add_config_arguments(parser, flags, defaults, trailing)
     # torchrun's environment tells the rank; old launchers pass this flag as well
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -92,11 +97,16 @@ def refuse_idle_keys(
             raise ValueError(f"{key} is {value!r}, but it {reason}; leave it out")
 
 
-def check_numbers(config: CfgNode) -> None:
-    """ValueError for a number below its minimum, or a picture side that is no multiple of the grid's."""
-    for key, least in MINIMA.items():
+def check_minima(config: CfgNode, minima: Mapping[str, float]) -> None:
+    """ValueError for a number below its minimum."""
+    for key, least in minima.items():
         if not (value := get(config, key)) >= least:  # so that NaN is refused too
             raise ValueError(f"{key} is {value}, but must be at least {least}")
+
+
+def check_numbers(config: CfgNode) -> None:
+    """ValueError for a shared number below its minimum, or a picture side that is no multiple of the grid's."""
+    check_minima(config, MINIMA)
     img_size, grid = config.DATA.IMG_SIZE, config.DISTILL.EMBED_SIZE
     if img_size % grid:
         raise ValueError(

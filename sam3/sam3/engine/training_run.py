@@ -12,7 +12,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from sam3.engine import amp, checkpoint, distributed, log, optim
+from sam3.engine import amp, checkpoint, distributed, log
 from sam3.engine.batch import to_device
 from sam3.engine.config import dump_config, to_dict
 from sam3.engine.distributed import World
@@ -29,7 +30,9 @@ from sam3.engine.environment import write_env
 from sam3.engine.files import free_bytes, human_bytes, require_free_space, write_text
 from sam3.engine.loader import PictureLoader
 from sam3.engine.locks import FileLock
-from sam3.engine.loop import LoopSettings, Validate, train
+from sam3.engine.loop import Validate, train
+from sam3.engine.loop_settings import LoopSettings
+from sam3.engine.recipe import MakeRecipe, Recipe, by_epochs
 from sam3.engine.rng import seed_everything
 from sam3.engine.sampler import EpochSampler
 from sam3.engine.stage_config import output_folder
@@ -43,18 +46,19 @@ def run_stage(
     parser: argparse.ArgumentParser,
     load_config: Callable[[argparse.Namespace], CfgNode],
     build: Callable[[CfgNode, World, Path, bool], TrainingRun],
+    log_file: str = "log_rank0.txt",
 ) -> int:
     """The main program of a stage: arguments -> config -> processes, log and seed -> run. Returns the exit code.
 
     load_config: parsed arguments -> checked config. build(config, world, output, dry_run): data and model of the run;
-    in a dry run it must write nothing either.
+    in a dry run it must write nothing either. log_file: the main process's, in the output folder.
     """
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load_config(args)
     with distributed.start(config.DEVICE) as world:
         output = output_folder(config)
-        log.setup(None if args.dry_run else output, world.rank)
+        log.setup(None if args.dry_run else output, world.rank, log_file)
         seed_everything(config.SEED + world.rank, config.DETERMINISTIC)
         run = build(config, world, output, args.dry_run)
         if config.THROUGHPUT_MODE:
@@ -89,9 +93,13 @@ class TrainingRun:
     load_weights(path): puts the weights of a file into the student, for EVAL_MODE. start_from(): puts in those that
     training begins with, MODEL.PRETRAINED; called first of all, unless a checkpoint is resumed.
     meta: what checkpoints state; one with another meta, or another value of a config key among `resume_keys`, is not
-    resumed. lines: the stage's part of the plan, name -> text. project: name at wandb. config_name: file that the
-    config is written to, `.json` or `.yaml`. left_out: reason -> keys of the pictures that are known to take no part;
-    left_out.txt lists them. Those that turn out to be unusable when they are loaded stand in the log only.
+    resumed. lines: the stage's part of the plan, name -> text; they replace lines of the same name. project: name at
+    wandb. config_name: file that the config is written to, `.json` or `.yaml`. left_out: reason -> keys of the pictures
+    that are known to take no part; left_out.txt lists them. Those that turn out to be unusable when they are loaded
+    stand in the log only.
+    make_recipe: `by_epochs` or `by_steps`. unit: what a sample is called, in the plural. data: where the samples lie,
+    DATA.DATA_PATH if empty. fresh: what the student starts from without MODEL.PRETRAINED. tensorboard_folder: see
+    `MetricLog`.
     """
 
     config: CfgNode
@@ -112,13 +120,27 @@ class TrainingRun:
     best_mode: str = "min"
     config_name: str = "config.json"
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    make_recipe: MakeRecipe = by_epochs
+    unit: str = "images"
+    data: str = ""
+    fresh: str = "random weights"
+    tensorboard_folder: str = ""
 
     def __post_init__(self) -> None:
+        self.data = self.data or self.config.DATA.DATA_PATH
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return self.make_recipe(self.config, self.sampler, self.world.device)
+
+    @cached_property
+    def settings(self) -> LoopSettings:
         best = self.best_metric if self.make_validator else ""
-        self.settings = LoopSettings.from_config(
-            self.config, self.world.device, best_metric=best, best_mode=self.best_mode
-        )
-        self.steps_per_epoch = self.settings.steps_in(self.sampler.batches_per_epoch())
+        return replace(self.recipe.settings, best_metric=best, best_mode=self.best_mode, unit=self.unit)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.settings.steps_in(self.sampler.batches_per_epoch())
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -141,6 +163,7 @@ class TrainingRun:
             self.output,
             enabled=self.world.is_main,
             tensorboard=config.TENSORBOARD,
+            tensorboard_folder=self.tensorboard_folder,
             wandb_project=self.project if config.USE_WANDB else None,
             run_name=f"{config.MODEL.NAME}-{config.TAG}",
             config=to_dict(config),
@@ -150,8 +173,8 @@ class TrainingRun:
                 self.distiller,
                 self.make_loader(),
                 self.sampler,
-                optim.optimizer_from_config(config, self.distiller),
-                optim.schedule_from_config(config, self.steps_per_epoch, self._lr_scale()),
+                self.recipe.make_optimizer(self.distiller),
+                self.recipe.lr_at,
                 self.settings,
                 world=self.world,
                 output=self.output,
@@ -190,19 +213,12 @@ class TrainingRun:
         checkpoint.check_fits(resume, path, meta=self.meta, config=to_dict(config), config_keys=self.resume_keys)
         return path, resume
 
-    def _lr_scale(self) -> float:
-        config = self.config
-        if not config.TRAIN.SCALE_LR:
-            return 1.0
-        processes = distributed.planned_world_size()
-        return optim.lr_scale(config.DATA.BATCH_SIZE, processes, config.TRAIN.ACCUMULATION_STEPS)
-
     # Other things to do -----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> int:
         """Validate once: the weights of MODEL.RESUME, else the newest in OUTPUT, else those of MODEL.PRETRAINED."""
         if self.make_validator is None:
-            raise ValueError(f"there is no val split in {self.config.DATA.DATA_PATH} to evaluate on")
+            raise ValueError(f"there is no val split in {self.data} to evaluate on")
         path = self._find_evaluated()
         self.load_weights(path)
         self.distiller.eval()
@@ -228,26 +244,23 @@ class TrainingRun:
         self._start()
         batch = next(repeated(self.make_loader()), None)
         if batch is None:
-            raise ValueError(f"no picture in {self.config.DATA.DATA_PATH} can be read")
+            raise ValueError(f"none of the {self.unit} in {self.data} can be read")
         seconds = seconds_per_iteration(repeated([batch]), self._trial_step, self.world.device)
         rate = self.world.size * len(batch) / seconds
         logger.info(
-            f"{rate:.4g} images/s: {1000 * seconds:.1f} ms for {len(batch)} images on {self.world.size} processes"
+            f"{rate:.4g} {self.unit}/s: {1000 * seconds:.1f} ms for {len(batch)} {self.unit} on {self.world.size} "
+            "processes"
         )
         return 0
 
     def dry_run(self) -> int:
         """Print the plan: pictures, steps, learning rate, disk, and the time from a few timed steps."""
-        train = self.config.TRAIN
         self._describe(self._start()[0], written=False)
         count, size = self._checkpoints()
         missing = max(0, count - len(checkpoint.listed(self.output)))
         require_free_space(self.output, missing * size, f"an output of {count} checkpoints")
         seconds = seconds_per_iteration(repeated(self.make_loader()), self._trial_step, self.world.device)
-        steps = self.steps_per_epoch * train.EPOCHS
-        if train.MAX_STEPS:
-            steps = min(steps, train.MAX_STEPS)
-        total = seconds * steps * train.ACCUMULATION_STEPS
+        total = seconds * self.settings.total_steps(self.steps_per_epoch) * self.settings.accumulation
         logger.info(_line("time", f"{log.duration(total)}, {1000 * seconds:.0f} ms a batch"))
         return 0
 
@@ -263,28 +276,35 @@ class TrainingRun:
 
     def _checkpoints(self) -> tuple[int, int]:
         """How many the run keeps, and about how many bytes each takes: weights and two moments of each."""
-        kept = self.config.KEEP_LAST or -(-self.config.TRAIN.EPOCHS // self.config.SAVE_FREQ)
+        settings = self.settings
+        if settings.counts_steps:
+            kept = settings.max_steps // settings.save_steps if settings.save_steps else 0
+            kept = min(kept, settings.keep_last or kept) + 2  # the latest and the best
+        else:
+            kept = settings.keep_last or -(-settings.epochs // settings.save_freq)
         return kept, 3 * 4 * sum(p.numel() for p in self.saved.parameters())
 
     def _describe(self, resumed: Path | None, written: bool = True) -> None:
         """Log the plan. resumed: the checkpoint that the run goes on from. written: False if it leaves no files."""
-        config, processes = self.config, distributed.planned_world_size()
+        config, settings = self.config, self.settings
+        processes, batch = distributed.planned_world_size(), self.sampler.batch_size
         trained = sum(p.numel() for p in self.saved.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in self.saved.parameters() if not p.requires_grad)
-        effective = config.DATA.BATCH_SIZE * processes * config.TRAIN.ACCUMULATION_STEPS
+        backbone = f" ({config.MODEL.BACKBONE})" if "BACKBONE" in config.MODEL else ""
+        length = f"{settings.max_steps} in all" if settings.counts_steps else f"{settings.epochs} epochs"
         kept, checkpoint_bytes = self._checkpoints()
         plan = {
-            "student": f"{config.MODEL.NAME} ({config.MODEL.BACKBONE}), {trained:,} parameters trained, {frozen:,} "
-            f"frozen",
-            "start": f"{resumed}, resumed" if resumed else config.MODEL.PRETRAINED or "random weights",
+            "student": f"{config.MODEL.NAME}{backbone}, {trained:,} parameters trained, {frozen:,} frozen",
+            "start": f"{resumed}, resumed" if resumed else config.MODEL.PRETRAINED or self.fresh,
             **self.lines,
             **self._left_out_line(written),
-            "steps": f"{self.steps_per_epoch} an epoch, {config.TRAIN.EPOCHS} epochs, effective batch {effective} = "
-            f"{config.DATA.BATCH_SIZE} x {processes} processes x {config.TRAIN.ACCUMULATION_STEPS} accumulated",
-            "rate": f"{config.TRAIN.BASE_LR * self._lr_scale():.3g} at its highest, {config.TRAIN.LR_SCHEDULER.NAME}",
+            "steps": f"{self.steps_per_epoch} an epoch, {length}, effective batch "
+            f"{batch * processes * settings.accumulation} = {batch} x {processes} processes x {settings.accumulation} "
+            "accumulated",
+            "rate": f"{self.recipe.peak_lr:.3g} at its highest, {config.TRAIN.LR_SCHEDULER.NAME}",
             "output": f"{self.output}: about {human_bytes(checkpoint_bytes * kept)} for {kept} checkpoints, "
             f"{human_bytes(free_bytes(self.output))} free",
-            "device": f"{self.world.device}, autocast {self.settings.amp_dtype or 'off'}",
+            "device": f"{self.world.device}, autocast {settings.amp_dtype or 'off'}",
         }
         for name, text in plan.items():
             logger.info(_line(name, text))

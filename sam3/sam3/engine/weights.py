@@ -6,6 +6,7 @@ into memory, so that a tensor costs RAM only once it is touched; writing goes fr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import pickle
@@ -259,6 +260,16 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(_raw_bytes(a), _raw_bytes(b))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of the names, types, shapes and bits of tensors on the CPU; their order does not matter."""
+    sha256 = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach()
+        sha256.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(_raw_bytes(tensor).numpy().data)
+    return sha256.hexdigest()
 
 
 def _raw_bytes(tensor: Tensor) -> Tensor:
