@@ -82,7 +82,9 @@ def centre_masks(model: Sam3Image, tracker: Sam3Tracker) -> None:
     levels = model.backbone.forward_image(picture)["sam2_backbone_out"]["backbone_fpn"]
     features = tracker.prepare_features(levels)
     seen: list[Tensor] = []
-    handle = tracker.sam_mask_decoder.output_upscaling[4].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    handle = tracker.sam_mask_decoder.output_upscaling[4].register_forward_pre_hook(
+        lambda _, inputs: seen.extend(inputs)
+    )
     click = (torch.full((1, 1, 2), side / 2), torch.ones(1, 1, dtype=torch.long))
     tracker.predict_masks(tracker.condition(features.top, None), features.high_res, 1, click)
     handle.remove()

@@ -27,7 +27,8 @@ def test_quickstart_ends_with_a_table_and_pictures(tmp_path: Path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ES-EV-S, untrained" in done.stdout and "6. train a student" in done.stdout
-    assert Image.open(output / "evaluation.png").width == 4 * 320
+    assert Image.open(output / "evaluation.png").width == 5 * 320  # photo, teacher, student before, after, tuned
     assert Image.open(output / "prediction.png").format == "PNG"
-    _, before, after = json.loads((output / "evaluation.json").read_text())["models"]
+    _, before, after, tuned = json.loads((output / "evaluation.json").read_text())["models"]
     assert after["cosine"] > before["cosine"] + 0.2
+    assert tuned["cosine"] > before["cosine"] + 0.2

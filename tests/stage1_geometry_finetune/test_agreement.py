@@ -37,6 +37,7 @@ def test_masks_agree_better_than_the_stage_1_students(tmp_path: Path):
     assert convert_stage1_weights.main(merge) == 0
 
     opts = {"TRAIN__EPOCHS": 6, "SAVE_FREQ": 6, "DATA__BATCH_SIZE": 4, "DATA__NUM_VAL_SAMPLES": 0}
+    opts |= {"DISTILL__MASK_BCE_WEIGHT": 5.0, "DISTILL__MASK_DICE_WEIGHT": 5.0}
     assert Inputs(teacher, data, export, start=before).tune(tmp_path / "tune", **opts) == 0
     tuned, after = tmp_path / "tune/ckpt_epoch_5.pth", tmp_path / "after.pt"
     convert = ["--finetune-ckpt", str(tuned), "--pretrained", str(before), "--output", str(after)]
