@@ -2,7 +2,9 @@
 
     python scripts/predict.py --checkpoint sam3_checkpoints/sam3.pt --image photo.jpg --text "red car" --output out.png
     python scripts/predict.py --checkpoint merged.pt --image photo.jpg --box 40 60 210 300 --json masks.json
+    python scripts/predict.py --checkpoint merged.pt --image photo.jpg --clicks --point 120 90 1 --output out.png
 
+Boxes and points are examples, of which everything alike is found; with --clicks they mark the very things to cut out.
 Takes `sam3.pt`, merged student checkpoints and the tiny ones, and needs no GPU.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import atomic_path, write_json
+from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3.model_builder import build_sam3_image_model
 from sam3.transforms import read_image
@@ -44,8 +47,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--negative-box", **box, help="pixels of something not to find; likewise")
     add("--point", nargs=3, type=float, action="append", default=[], metavar=("X", "Y", "LABEL"),
         help="pixel on something to find (label 1) or not to find (0); may be given again")  # fmt: skip
-    add("--threshold", type=float, default=0.5, help="keep objects with a higher score (0..1)")
-    add("--top-k", type=int, help="keep at most so many objects, the best")
+    add("--clicks", action="store_true",
+        help="cut out what all points (label 0: beside it) mark together, or what each box holds, and nothing else; "
+        "points may go with one box. The score is then the mask's expected IoU")  # fmt: skip
+    add("--threshold", type=float, help="keep objects with a higher score (0..1; 0.5 if left out); not with --clicks")
+    add("--top-k", type=int, help="keep at most so many objects, the best; not with --clicks")
     add("--output", type=Path, help="picture with masks, boxes and scores drawn over it")
     add("--json", type=Path, help="masks (COCO RLE), boxes and scores as JSON")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -56,7 +62,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("nothing to look for: give --text, --box, --negative-box or --point")
     if args.text is not None and not args.text.strip():
         parser.error("--text is empty; give a phrase, or leave it out and give a --box")
-    if not 0 <= args.threshold <= 1:
+    if args.clicks:
+        check_clicks(parser, args)
+    elif args.threshold is None:
+        args.threshold = 0.5
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold is a score in 0..1, got {args.threshold}")
     if args.top_k is not None and args.top_k < 1:
         parser.error(f"--top-k must be at least 1, got {args.top_k}")
@@ -75,6 +85,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_clicks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where an option makes no sense with --clicks."""
+    others = {"--text": args.text, "--threshold": args.threshold, "--top-k": args.top_k}
+    for flag, value in {**others, "--negative-box": args.negative_box or None}.items():
+        if value is not None:
+            parser.error(f"{flag} is for finding things, not for --clicks; leave one of them out")
+    if args.point and len(args.box) > 4:
+        parser.error("with --clicks, points go with one box at most; leave out the points or the other boxes")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, also where nothing scored above the threshold (which it says)."""
     args = parse_args(argv)
@@ -82,18 +102,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     boxes = [(normalised_box(box, image), True) for box in args.box]
     boxes += [(normalised_box(box, image), False) for box in args.negative_box]
     points = [(checked_point(point[:2], image), bool(point[2])) for point in args.point]
-    model = build_sam3_image_model(checkpoint_path=args.checkpoint, device=args.device, compile=args.compile)
+    model = build_sam3_image_model(
+        checkpoint_path=args.checkpoint,
+        device=args.device,
+        compile=args.compile,
+        enable_text_encoder=not args.clicks,
+        enable_inst_interactivity=args.clicks,
+    )
     processor = Sam3Processor(
         model,
-        confidence_threshold=args.threshold,
+        confidence_threshold=args.threshold or 0,
         autocast_dtype=AUTOCAST_DTYPES[args.dtype],
         top_k=args.top_k,
     )
     start = time.perf_counter()
     state = processor.set_image(image)
-    processor.set_prompts(state, text=args.text, boxes=boxes, points=points)
+    if args.clicks:
+        cut_out(model, state, args.box, args.point)
+    else:
+        processor.set_prompts(state, text=args.text, boxes=boxes, points=points)
     logger.info("model ran %.2f s on %s", time.perf_counter() - start, processor.device)
-    report(state, processor)
+    if args.clicks or len(state["scores"]):
+        report(state, "marked" if args.clicks else f"above {args.threshold:g}")
+    else:
+        print(f"no object above {args.threshold:g}; the best score is {processor.best_score(state):.4f}")
     if args.output:
         save_overlay(args.output, image, state)
     if args.json:
@@ -125,14 +157,38 @@ def checked_point(point: list[float], image: Tensor) -> list[float]:
     return point
 
 
-def report(state: dict[str, Any], processor: Sam3Processor) -> None:
-    """Prints one line per object, or what would have been found."""
-    if not len(state["scores"]):
-        print(
-            f"no object above {processor.confidence_threshold:g}; the best score is {processor.best_score(state):.4f}"
-        )
-        return
-    print(f"{len(state['scores'])} objects above {processor.confidence_threshold:g}")
+def cut_out(model: Sam3Image, state: dict[str, Any], boxes: list[list[float]], points: list[list[float]]) -> None:
+    """Puts what boxes and points mark into `state`, as the processor puts there what it finds.
+
+    boxes: left, top, right, bottom in pixels, one object each; points: x, y, label of one object.
+    """
+    doubtful = not boxes and len(points) == 1  # a lone click may mean a thing or a part of it: the best mask is taken
+    masks, ious, _ = model.predict_inst(
+        state,
+        point_coords=[point[:2] for point in points] or None,
+        point_labels=[point[2] for point in points] or None,
+        box=boxes or None,
+        multimask_output=doubtful,
+    )
+    if doubtful:
+        best = ious.argmax()
+        masks, ious = masks[best], ious[best]
+    state["masks"] = torch.from_numpy(masks).view(-1, 1, *masks.shape[-2:])
+    state["scores"] = torch.from_numpy(ious.reshape(-1))
+    state["boxes"] = torch.stack([surrounding_box(mask) for mask in state["masks"][:, 0]])
+
+
+def surrounding_box(mask: Tensor) -> Tensor:
+    """(4,) left, top, right, bottom of a bool mask (H, W), in pixels; zeros where it is empty."""
+    rows, columns = (mask.any(dim).nonzero()[:, 0] for dim in (1, 0))
+    if not len(rows):
+        return torch.zeros(4)
+    return torch.stack((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)).float()
+
+
+def report(state: dict[str, Any], what: str) -> None:
+    """Prints one line per object."""
+    print(f"{len(state['scores'])} objects {what}")
     for score, box, mask in zip(state["scores"], state["boxes"], state["masks"], strict=True):
         print(f"  score {score:.4f}  box {_numbers(box.tolist())}  mask {int(mask.sum())} px")
 
@@ -163,7 +219,13 @@ def to_coco(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "image": {"file_name": args.image.name, "height": state["original_height"], "width": state["original_width"]},
-        "prompt": {"text": args.text, "box": args.box, "negative_box": args.negative_box, "point": args.point},
+        "prompt": {
+            "text": args.text,
+            "box": args.box,
+            "negative_box": args.negative_box,
+            "point": args.point,
+            "clicks": args.clicks,
+        },
         "threshold": args.threshold,
         "annotations": annotations,
     }

@@ -23,12 +23,14 @@ from sam3.model.config import NECK, TRUNK, Sam3Config, vit_sizes, without_vit
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.encoder import TransformerEncoderFusion
 from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.interactive_predictor import InteractivePredictor
 from sam3.model.maskformer_segmentation import UniversalSegmentationHead
 from sam3.model.necks import PassThroughTrunk, Sam3DualViTDetNeck
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.scoring import DotProductScoring
 from sam3.model.text_encoder import VETextEncoder
 from sam3.model.tokenizer import SimpleTokenizer
+from sam3.model.tracker_config import TrackerConfig
 from sam3.model.transformer import TransformerWrapper
 from sam3.model.vitdet import ViT
 from sam3.model.vl_combiner import SAM3VLBackbone
@@ -41,7 +43,14 @@ from sam3.model_loading import (
     has_student,
     read_preprocess,
     released_checkpoint,
+    require_second_neck,
     take_over,
+)
+from sam3.tracker_builder import (
+    assemble_tracker,
+    build_efficientsam3_video_predictor,
+    build_sam3_video_predictor,
+    load_tracker,
 )
 from sam3.transforms import Preprocess
 
@@ -49,8 +58,10 @@ __all__ = [
     "BACKBONES",
     "assemble_image_model",
     "build_efficientsam3_image_model",
+    "build_efficientsam3_video_predictor",
     "build_sam3_heads",
     "build_sam3_image_model",
+    "build_sam3_video_predictor",
     "build_student",
     "build_teacher_trunk",
     "encode_phrase",
@@ -93,7 +104,7 @@ def build_sam3_image_model(
         device: `auto` (CUDA, else MPS, else CPU) or any torch device.
         enable_text_encoder, enable_segmentation: False leaves the part out, and its weights in the file.
         with_sam2_neck: also build the neck that clicks and video use.
-        enable_inst_interactivity: SAM3's click predictor; it needs the tracker, which is not built yet, so True is
+        enable_inst_interactivity: also build that neck and the tracker, for `predict_inst`; a file without them is
             refused.
         load_from_HF: if no checkpoint is given, take `sam3_checkpoints/sam3.pt`, fetched from the hub if it is not
             there (access is gated).
@@ -107,22 +118,26 @@ def build_sam3_image_model(
     """
     if isinstance(config, str):
         config = Sam3Config.preset(config)
-    if enable_inst_interactivity:
-        raise ValueError("clicks need the tracker, which is not built yet; use Sam3Processor.add_point_prompt")
     if load_from_HF and checkpoint_path is None:
         checkpoint_path = released_checkpoint()
     parts = {
         "enable_text_encoder": enable_text_encoder,
         "enable_segmentation": enable_segmentation,
-        "with_sam2_neck": with_sam2_neck,
+        "with_sam2_neck": with_sam2_neck or enable_inst_interactivity,
         "bpe_path": bpe_path,
     }
     if checkpoint_path is None:
         if config is None:
             log.warning("no checkpoint: the weights are random; pass checkpoint_path=... or load_from_HF=True")
-        model = assemble_image_model(config or Sam3Config.preset("full"), **parts)
+        config = config or Sam3Config.preset("full")
+        model = assemble_image_model(config, **parts)
+        if enable_inst_interactivity:
+            tracker = assemble_tracker(
+                TrackerConfig(img_size=config.img_size, patch_size=config.patch_size, dim=config.dim)
+            )
+            model.inst_interactive_predictor = InteractivePredictor(tracker, model.preprocess)
     else:
-        model = _load_image_model(load_weights(checkpoint_path), config, parts)
+        model = _load_image_model(load_weights(checkpoint_path), config, parts, enable_inst_interactivity)
     model = model.to(device=choose_device(device), dtype=dtype).train(not eval_mode)
     if compile:
         model.backbone.vision_backbone.trunk.compile()
@@ -249,7 +264,9 @@ def assemble_image_model(
     )
 
 
-def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[str, Any]) -> Sam3Image:
+def _load_image_model(
+    file: WeightFile, config: Sam3Config | None, parts: dict[str, Any], with_tracker: bool
+) -> Sam3Image:
     """Builds what the file's tensors ask for, and lets it take them over."""
     tensors = detector_tensors(file.tensors, file.path)
     preprocess = read_preprocess(file)
@@ -259,6 +276,8 @@ def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[s
         config = config or Sam3Config.from_tensors(tensors, img_size, patch_size)
         config = replace(without_vit(config), img_size=img_size)
     config = config or Sam3Config.from_tensors(tensors)
+    if with_tracker:
+        require_second_neck(tensors, file.path)
     with torch.device("meta"):
         model = assemble_image_model(config, trunk, **parts, preprocess=preprocess)
     switched_off = {
@@ -268,6 +287,9 @@ def _load_image_model(file: WeightFile, config: Sam3Config | None, parts: dict[s
     }
     unused = [prefix for prefix, off in switched_off.items() if off and any(key.startswith(prefix) for key in tensors)]
     take_over(model, tensors, file.path, unused)
+    if with_tracker:
+        tracker = load_tracker(file, config.img_size, config.patch_size)
+        model.inst_interactive_predictor = InteractivePredictor(tracker, model.preprocess)
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         model.float()  # for example a student merged into a file of half precision
     return model

@@ -76,6 +76,14 @@ def _sam3_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str
     return tensors
 
 
+def require_second_neck(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """ValueError where the image model's tensors (keys after `detector.`) lack what video and clicks see with."""
+    if not any(key.startswith(SAM2_NECK) for key in tensors):
+        raise ValueError(
+            f"{source} lacks the second neck ({SAM2_NECK}*), which video and clicks need; wanted the full sam3.pt"
+        )
+
+
 def read_preprocess(file: WeightFile) -> Preprocess | None:
     """As the file states it; None if it does not."""
     if "preprocess" not in file.meta:

@@ -33,6 +33,7 @@ from sam3.model_loading import (
     detector_tensors,
     read_preprocess,
     released_checkpoint,
+    require_second_neck,
     take_over,
     tracker_tensors,
 )
@@ -68,16 +69,13 @@ def build_video_model(
     trunk, img_size, patch_size = build_trunk(file, tensors)
     if not with_trunk:
         trunk = PassThroughTrunk(trunk.channel_list[-1])
-    tracker = _load_tracker(file, img_size, patch_size)
+    tracker = load_tracker(file, img_size, patch_size)
+    require_second_neck(tensors, file.path)
     neck_tensors = {
         key.removeprefix("backbone.vision_backbone."): tensor
         for key, tensor in tensors.items()
         if key.startswith((TRUNK, SAM2_NECK) if with_trunk else SAM2_NECK)
     }
-    if not any(key.startswith("sam2_convs.") for key in neck_tensors):
-        raise ValueError(
-            f"{file.path} lacks the second neck ({SAM2_NECK}*), which video needs; wanted the full sam3.pt"
-        )
     with torch.device("meta"):
         neck = TrackerNeck(trunk, tracker.config.dim)
     take_over(neck, neck_tensors, file.path)
@@ -114,14 +112,11 @@ def build_efficientsam3_video_predictor(checkpoint_path: str | Path, **options: 
     return build_sam3_video_predictor(checkpoint_path, **options)
 
 
-def load_tracker(
-    checkpoint_path: str | Path, img_size: int, patch_size: int, device: str | torch.device = "auto"
-) -> Sam3Tracker:
-    """The tracker alone, in eval mode, for a model that has trunk and second neck of its own."""
-    return _load_tracker(load_weights(checkpoint_path), img_size, patch_size).to(choose_device(device)).eval()
+def load_tracker(file: WeightFile, img_size: int, patch_size: int) -> Sam3Tracker:
+    """The tracker alone, in eval mode on the CPU, for a model that has trunk and second neck of its own.
 
-
-def _load_tracker(file: WeightFile, img_size: int, patch_size: int) -> Sam3Tracker:
+    Raises ValueError where the file has none, or tensors that do not fit; the message names them.
+    """
     tensors = tracker_tensors(file.tensors, file.path)
     if not tensors:
         raise ValueError(
@@ -135,7 +130,7 @@ def _load_tracker(file: WeightFile, img_size: int, patch_size: int) -> Sam3Track
     with torch.device("meta"):
         tracker = assemble_tracker(config)
     take_over(tracker, tensors, file.path, [] if memory is None or not _has_dense(tensors) else [DENSE_MEMORY])
-    return tracker
+    return tracker.eval()
 
 
 def _has_dense(tensors) -> bool:

@@ -9,7 +9,7 @@ from PIL import Image
 from sam3.engine.distributed import choose_device
 from sam3.model.config import Sam3Config
 from sam3.model.sam3_image_processor import Sam3Processor
-from sam3.model_builder import assemble_image_model
+from sam3.model_builder import assemble_image_model, build_sam3_image_model
 from tests.parity.fill import fill_, image
 
 DEVICE = choose_device("auto")
@@ -54,6 +54,18 @@ def test_a_model_that_has_moved_leaves_its_caches_behind(expected):
     find(processor)  # fills the caches of positions and phrases on the CPU
     moved = find(Sam3Processor(processor.model, device=DEVICE, confidence_threshold=0.0))
     assert (moved["scores"].cpu() - expected["scores"]).abs().max() < TOLERANCES[torch.float32]
+
+
+def test_clicks_are_those_of_the_cpu(teacher_file):
+    found = {}
+    for device in ("cpu", DEVICE):
+        model = build_sam3_image_model(teacher_file, device=device, enable_inst_interactivity=True)
+        state = Sam3Processor(model).set_image(Image.fromarray(image(90, 160)))
+        earlier = model.predict_inst(state, [[80, 45]], [1])[2][:1]
+        found[str(device)] = model.predict_inst(state, [[80, 45]], [1], [30, 20, 110, 80], earlier)
+    (masks, ious, _), (expected, expected_ious, _) = found[str(DEVICE)], found["cpu"]
+    assert (masks == expected).mean() > 0.95
+    assert abs(ious - expected_ious).max() < TOLERANCES[torch.float32]
 
 
 def test_every_gradient_arrives():

@@ -80,6 +80,15 @@ def test_low_precision_goes_in_and_out_but_not_through():
     assert torch.equal(turned, rotate_pairs(x.float(), grid_table(4, 8)).bfloat16())
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_quarter_turn_is_exact(monkeypatch, compiling: bool):
+    """Also where cosine and sine are views of one table, as the trunk of the image model keeps them."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    table = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])  # (tokens, pairs, cosine and sine): 90 degrees, none
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert rotate_pairs(x, table.unbind(-1)).tolist() == [[-2.0, 1.0, 3.0, 4.0]]
+
+
 def test_backends_without_complex_numbers_get_the_same(monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(2, 16, 8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam3.model.vitdet import SLICE_TOKENS, ViT, from_windows, in_slices, rotary_table, rotate, to_windows
+from sam3.model.vitdet import SLICE_TOKENS, ViT, from_windows, in_slices, rotary_table, to_windows
 
 
 def small_vit(**changes) -> ViT:
@@ -81,15 +81,6 @@ def test_rotary_table_by_hand():
     angles = torch.tensor([2 * 0.5, 2 * 0.5 * 0.01, 1 * 0.5, 1 * 0.5 * 0.01])
     torch.testing.assert_close(table[5], torch.polar(torch.ones(4), angles))
     assert torch.equal(table[0], torch.ones(4, dtype=torch.complex64))
-
-
-@pytest.mark.parametrize("compiling", [False, True])
-def test_rotation_turns_adjacent_pairs(monkeypatch, compiling: bool):
-    """The compiled way, in real numbers, is that of other backends as well."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    quarter = torch.view_as_real(torch.tensor([[1j, 1 + 0j]], dtype=torch.complex64))  # 90 degrees, none
-    assert rotate(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), quarter).tolist() == [[-2.0, 1.0, 3.0, 4.0]]
-    assert rotate(torch.ones(1, 4, dtype=torch.bfloat16), quarter).dtype == torch.bfloat16
 
 
 def test_windows_and_back():

@@ -7,6 +7,7 @@ import torch
 
 from sam3.engine.merge import STUDENT_TRUNK, TRUNK, plan_merge
 from sam3.engine.weights import WeightFile, save_weights
+from sam3.model.tracker_config import MemoryConfig
 from scripts.inspect_checkpoint import main
 from tests.manifests import manifest_tensors
 
@@ -27,7 +28,8 @@ def test_sam3(tmp_path, capsys):
     assert "sam3.pt: SAM3 with its own image encoder" in out
     assert row(out, TRUNK)[0] == "420"
     assert row(out, "detector.transformer.decoder")[0] == "175"
-    assert row(out, "tracker")[0] == "309"
+    assert (row(out, "tracker")[0], row(out, "tracker.transformer")[0]) == ("203", "106")
+    assert "\n  tracker: 309 tensors; memory: SAM3's dense one, read by 4 layers of attention\n" in out
     assert row(out, "total")[0] == "1465"
     assert "complex64, float32" in out
 
@@ -57,6 +59,43 @@ def test_merged_file_with_and_without_leftovers(tmp_path, capsys, suffix):
     bloated = plan_merge(student, sam3, STUDENT_TRUNK, ["image_encoder"])
     save_weights(tmp_path / f"b{suffix}", bloated.tensors)
     assert "WARNING: 420 tensors of the teacher's trunk are still in it" in inspect(capsys, tmp_path / f"b{suffix}")
+
+
+def test_compressed_memory(tmp_path, capsys):
+    sam3 = manifest_tensors("sam3")
+    memory = {"memory_attention.layers.0.linear1.weight": torch.ones(2), "spatial_perceiver.latents": torch.ones(3)}
+    merged = sam3 | {f"tracker.{key}": tensor for key, tensor in memory.items()}
+    light = {key: tensor for key, tensor in merged.items() if not key.startswith("tracker.transformer.")}
+    meta = {"memory": MemoryConfig(perceiver=False, pool_size=1).to_meta()}
+    phrase = "the whole map, read by 2 layers of attention"
+    for name, tensors in (("memory", memory), ("merged", merged), ("light", light)):
+        save_weights(tmp_path / f"{name}.pt", tensors, meta)
+    out = inspect(capsys, tmp_path / "memory.pt")
+    assert f"memory.pt: checkpoint of a compressed memory, {phrase}, " in out
+    assert "tracker:" not in out
+    out = inspect(capsys, tmp_path / "merged.pt")
+    assert f"tracker: 311 tensors; memory compressed: {phrase}; beside it, unused: SAM3's dense one" in out
+    assert (row(out, "tracker.memory_attention")[0], row(out, "tracker.spatial_perceiver")[0]) == ("1", "1")
+    assert f"tracker: 205 tensors; memory compressed: {phrase}\n" in inspect(capsys, tmp_path / "light.pt")
+
+    save_weights(tmp_path / "light.pt", light)
+    assert "memory compressed: of sizes that the file does not state" in inspect(capsys, tmp_path / "light.pt")
+    save_weights(tmp_path / "light.pt", light, {"memory": {"a": 1}})
+    assert "memory compressed: stated in another way (memory meta has the fields ['a']" in inspect(
+        capsys, tmp_path / "light.pt"
+    )
+
+
+def test_files_without_tracker_or_memory(tmp_path, capsys):
+    def save(*without: str) -> None:
+        save_weights(
+            tmp_path / "s.pt", {k: t for k, t in manifest_tensors("sam3").items() if not k.startswith(without)}
+        )
+
+    save("tracker.")
+    assert "\n  tracker: none: no video, no clicks\n" in inspect(capsys, tmp_path / "s.pt")
+    save("tracker.transformer.")
+    assert "tracker: 203 tensors; memory: none, WARNING" in inspect(capsys, tmp_path / "s.pt")
 
 
 def test_a_strange_student_is_called_so(tmp_path, capsys):

@@ -17,7 +17,7 @@ from sam3.model.config import Sam3Config
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3.model_builder import assemble_image_model, build_sam3_image_model
 from sam3.transforms import Preprocess
-from scripts.predict import main
+from scripts.predict import main, surrounding_box
 from tests.parity.fill import fill_, image
 
 HEIGHT, WIDTH = 60, 100
@@ -102,9 +102,61 @@ def test_merged_student_checkpoints_work(photo, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "prompt", "choice"),
+    [
+        (["--point", 30, 30, 1], {"point_coords": [[30, 30]], "point_labels": [1]}, True),
+        (
+            ["--point", 30, 30, 1, "--point", 80, 50, 0, "--box", 10, 20, 60, 50],
+            {"point_coords": [[30, 30], [80, 50]], "point_labels": [1, 0], "box": [10, 20, 60, 50]},
+            False,
+        ),
+        (["--box", 10, 20, 60, 50, 0, 0, 99, 59], {"box": [[10, 20, 60, 50], [0, 0, 99, 59]]}, False),
+    ],
+)
+def test_clicks_cut_out_the_very_thing(teacher_file, photo, tmp_path, capsys, options, prompt, choice):
+    picture, report = tmp_path / "out.png", tmp_path / "out.json"
+    assert run(teacher_file, photo, "--clicks", *options, "--output", picture, "--json", report) == 0
+    model = build_sam3_image_model(teacher_file, device="cpu", enable_inst_interactivity=True)
+    state = Sam3Processor(model).set_image(Image.open(photo))
+    masks, ious, _ = model.predict_inst(state, **prompt, multimask_output=choice)
+    if choice:
+        masks, ious = masks[ious.argmax()], ious.max()
+    masks, ious = masks.reshape(-1, HEIGHT, WIDTH), ious.reshape(-1)
+
+    document = json.loads(report.read_text())
+    assert (document["prompt"]["clicks"], document["threshold"]) == (True, None)
+    for annotation, mask, iou in zip(document["annotations"], masks, ious, strict=True):
+        assert annotation["score"] == pytest.approx(float(iou), abs=1e-5)
+        assert np.array_equal(coco_mask.decode(annotation["segmentation"]), mask)
+        rows, columns = np.nonzero(mask)
+        left, top = columns.min(), rows.min()
+        assert annotation["bbox"] == [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+    assert (np.asarray(Image.open(picture)) != np.asarray(Image.open(photo))).any()
+    assert f"{len(masks)} objects marked" in capsys.readouterr().out
+
+
+def test_an_empty_mask_has_an_empty_box():
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    assert surrounding_box(mask).tolist() == [0, 0, 0, 0]
+    mask[1:3, 2:5] = True
+    assert surrounding_box(mask).tolist() == [2, 1, 5, 3]
+
+
+def test_clicks_need_the_tracker(checkpoint, photo):
+    with pytest.raises(ValueError, match="lacks the second neck"):
+        run(checkpoint, photo, "--clicks", "--point", 3, 4, 1)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         [],
+        ["--clicks"],
+        ["--clicks", "--text", "car"],
+        ["--clicks", "--point", "3", "4", "1", "--threshold", "0.2"],
+        ["--clicks", "--point", "3", "4", "1", "--top-k", "1"],
+        ["--clicks", "--point", "3", "4", "1", "--negative-box", "1", "1", "9", "9"],
+        ["--clicks", "--point", "3", "4", "1", "--box", "1", "1", "9", "9", "--box", "2", "2", "8", "8"],
         ["--text", "car", "--threshold", "2"],
         ["--text", "car", "--top-k", "0"],
         ["--text", "  "],

@@ -14,7 +14,9 @@ from sam3.engine.files import sha256
 from sam3.engine.merge import LANGUAGE, STUDENT_TRUNK, TRUNK, VISION
 from sam3.engine.weights import load_weights, same_bytes, save_weights
 from sam3.model.config import Sam3Config
+from sam3.model.tracker_config import TrackerConfig
 from sam3.model_builder import assemble_image_model, build_efficientsam3_image_model, build_student
+from sam3.tracker_builder import assemble_tracker
 from stage1 import convert_stage1_weights
 from stage1.convert_stage1_weights import main
 from tests.manifests import manifest_tensors
@@ -251,7 +253,8 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     config = Sam3Config.preset("tiny")
     detector = {f"detector.{k}": t for k, t in assemble_image_model(config, with_sam2_neck=True).state_dict().items()}
-    save_weights(folder / "sam3.pt", detector | {"tracker.no_mem_embed": torch.ones(1, 1, 64)})
+    tracker = {f"tracker.{k}": t for k, t in assemble_tracker(TrackerConfig.preset("tiny")).state_dict().items()}
+    save_weights(folder / "sam3.pt", detector | tracker)
     student = build_student("efficientvit_b0", config.dim, config.grid).eval()
     preprocess = PREPROCESS | {"img_size": config.img_size}
     meta = {"backbone": "efficientvit_b0", "embed_size": config.grid, "preprocess": preprocess}
@@ -277,11 +280,12 @@ def test_merged_model_without_optional_parts_loads(tiny, skip):
     assert convert(tiny[0], *(f"--skip-teacher-prefix={prefix}" for prefix in skip)) == 0
 
 
-def test_merged_model_without_a_needed_part_is_refused(tiny):
+@pytest.mark.parametrize("part", ["detector.dot_prod_scoring", "tracker.maskmem_backbone"])
+def test_merged_model_without_a_needed_part_is_refused(tiny, part):
     folder = tiny[0]
     (folder / "merged.pt").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="missing"):
-        convert(folder, "--skip-teacher-prefix", "detector.dot_prod_scoring")
+        convert(folder, "--skip-teacher-prefix", part)
     assert sorted(p.name for p in folder.iterdir()) == ["ckpt_epoch_29.pth", "sam3.pt"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from sam3.model.box_ops import box_cxcywh_to_xyxy, inverse_sigmoid
 from sam3.model.data_misc import FindStage
 from sam3.model.decoder import DecoderOutput
 from sam3.model.geometry_encoders import Prompt
+from sam3.model.interactive_predictor import InteractivePredictor, Masks, Numbers
 from sam3.transforms import Preprocess
 
 
@@ -30,6 +32,7 @@ class Sam3Image(nn.Module):
         segmentation_head: nn.Module | None = None,
         supervise_joint_box_scores: bool = False,
         preprocess: Preprocess | None = None,
+        inst_interactive_predictor: InteractivePredictor | None = None,
     ):
         """
         Args:
@@ -37,6 +40,7 @@ class Sam3Image(nn.Module):
             segmentation_head: None for a model of boxes only.
             supervise_joint_box_scores: multiplies presence into `pred_logits`, as SAM3's video model does.
             preprocess: how pictures become input; left out, SAM3's own (squashed to 1008 px).
+            inst_interactive_predictor: for `predict_inst`, which also needs a backbone with the second neck.
         """
         super().__init__()
         self.backbone = backbone
@@ -46,6 +50,7 @@ class Sam3Image(nn.Module):
         self.segmentation_head = segmentation_head
         self.supervise_joint_box_scores = supervise_joint_box_scores
         self.preprocess = preprocess or Preprocess(resize="square")
+        self.inst_interactive_predictor = inst_interactive_predictor
 
     @property
     def device(self) -> torch.device:
@@ -170,6 +175,33 @@ class Sam3Image(nn.Module):
         if mask_queries is None and "queries_o2m" in out:
             masks["pred_masks"], masks["pred_masks_o2m"] = masks["pred_masks"].split(count, dim=1)
         return masks
+
+    def predict_inst(
+        self,
+        state: dict[str, Any],
+        point_coords: Numbers | None = None,
+        point_labels: Numbers | None = None,
+        box: Numbers | None = None,
+        mask_input: Numbers | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        normalize_coords: bool = True,
+    ) -> Masks:
+        """Masks of what clicks or a box mark, rather than of everything like it: see `InteractivePredictor.predict`."""
+        return self._clicks().predict(
+            state, point_coords, point_labels, box, mask_input, multimask_output, return_logits, normalize_coords
+        )
+
+    def predict_inst_batch(
+        self, state: dict[str, Any], *prompts: Any, **options: Any
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """`predict_inst` for every picture of a state: arguments are those of `InteractivePredictor.predict_batch`."""
+        return self._clicks().predict_batch(state, *prompts, **options)
+
+    def _clicks(self) -> InteractivePredictor:
+        if self.inst_interactive_predictor is None:
+            raise ValueError("this model was built without clicks; build it with enable_inst_interactivity=True")
+        return self.inst_interactive_predictor
 
     def _get_dummy_prompt(self, num_prompts: int = 1) -> Prompt:
         """A geometric prompt without boxes and points (SAM3's processors call it by this name)."""

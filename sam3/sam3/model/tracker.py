@@ -4,7 +4,7 @@ The steps of a frame are methods; which frames are remembered and read is the ba
 and sessions are the predictor's. All steps take a batch of objects and keep gradients.
 
 Letters: B objects, n = 1 (one frame shared by all objects) or B, C channels, G side of the feature map, D memory
-channels, N memory tokens of a frame, K masks proposed for an object, P points of an object, S side of the input, pixels.
+channels, N memory tokens of a frame, K masks proposed for an object, P points of an object, S side of the input, px.
 Mask logits "low" have the side 4 G.
 """
 
@@ -45,8 +45,8 @@ class FrameFeatures:
         """What the mask decoder refines its masks with."""
         return self.s0, self.s1
 
-    def select(self, rows: Tensor) -> FrameFeatures:
-        """The frames `rows` (B,) long, one for each object."""
+    def select(self, rows: Tensor | slice) -> FrameFeatures:
+        """The frames `rows`, (B,) long, one for each object, or a slice of them, which copies nothing."""
         return FrameFeatures(self.s0[rows], self.s1[rows], self.top[rows])
 
 
