@@ -19,7 +19,11 @@ from sam3.backbones.student import describe, recognise_student
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import human_bytes
 from sam3.engine.merge import LANGUAGE, STUDENT_TRUNK, TRUNK, VISION
-from sam3.engine.weights import WeightFile, load_weights, normalise_sam3_keys, same_bytes
+from sam3.engine.weights import WeightFile, load_weights, normalise_sam3_keys, same_bytes, strip_prefix
+from sam3.merged_model import describe_memory
+from sam3.model.config import ShapeReader
+from sam3.model.tracker_config import MemoryConfig
+from sam3.tracker_builder import COMPRESSED_MEMORY, DENSE_MEMORY
 
 # Longest first: a key is counted under the first module that it lies below.
 MODULES = (
@@ -31,6 +35,7 @@ MODULES = (
     LANGUAGE,
     "detector.transformer.encoder",
     "detector.transformer.decoder",
+    *(f"tracker.{part}".rstrip(".") for part in (DENSE_MEMORY, *COMPRESSED_MEMORY)),
 )
 
 
@@ -52,6 +57,8 @@ def kind(found: WeightFile) -> str:
     """One phrase for what the file is, from its keys and shapes."""
     if any(key.startswith("backbone.model.") for key in found.tensors):
         return f"checkpoint of a student, {student_name(found.tensors, '')}"
+    if any(key.startswith(COMPRESSED_MEMORY) for key in found.tensors):
+        return f"checkpoint of a compressed memory, {stated_memory(found)}"
     try:
         tensors = normalise_sam3_keys(found.tensors, found.path)
     except ValueError:
@@ -71,6 +78,32 @@ def student_name(tensors: Mapping[str, Tensor], prefix: str) -> str:
     return f"{describe(backbone)} with {embed_dim} output channels"
 
 
+def stated_memory(found: WeightFile) -> str:
+    """A compressed memory as the file's meta states it; its tensors do not tell all."""
+    try:
+        return describe_memory(MemoryConfig.from_meta(found.meta["memory"]))
+    except KeyError:
+        return "of sizes that the file does not state (no meta.memory), so that it cannot be used"
+    except (TypeError, ValueError) as error:
+        return f"stated in another way ({error})"
+
+
+def tracker_kind(found: WeightFile) -> str:
+    """One phrase for the tracker in a SAM3 file and the memory that it uses; empty for other files."""
+    try:
+        tensors = strip_prefix(normalise_sam3_keys(found.tensors, found.path), "tracker.")
+    except ValueError:
+        return ""
+    if not tensors:
+        return "none: no video, no clicks"
+    layers = ShapeReader(tensors).count(f"{DENSE_MEMORY}encoder.layers.")
+    dense = f"SAM3's dense one, read by {layers} layers of attention" if layers else ""
+    if any(key.startswith(COMPRESSED_MEMORY) for key in tensors):
+        beside = f"; beside it, unused: {dense}" if dense else ""
+        return f"{len(tensors)} tensors; memory compressed: {stated_memory(found)}{beside}"
+    return f"{len(tensors)} tensors; memory: {dense or 'none, WARNING: the tracker cannot follow objects'}"
+
+
 def module_of(key: str) -> str:
     for module in MODULES:
         if key.startswith(f"{module}."):
@@ -85,6 +118,8 @@ def print_summary(found: WeightFile) -> None:
             print(f"  {key}: {value}")
     if found.meta:
         print(f"  meta: {json.dumps(found.meta, default=str)}")
+    if tracker := tracker_kind(found):
+        print(f"  tracker: {tracker}")
     rows = defaultdict(list)
     for key, tensor in found.tensors.items():
         rows[module_of(key)].append(tensor)

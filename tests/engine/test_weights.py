@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ from torch import nn
 
 from sam3.engine import files
 from sam3.engine.weights import (
+    digest,
     load_strict,
     load_weights,
     normalise_sam3_keys,
@@ -338,6 +340,18 @@ def test_load_strict_allows_named_gaps_and_no_idle_ones():
         )
     with pytest.raises(ValueError, match="allowed to be unexpected, but no such key is: traker"):
         load_strict(module, tensors, source="f", allowed_missing=["linear.b"], allowed_unexpected=["traker."])
+
+
+def test_digest():
+    a, b = torch.arange(6.0).reshape(2, 3), torch.tensor([1 + 2j])
+    found = digest({"a": a, "b": b})
+    # Worked out from what is digested: a line for each tensor, then its bytes.
+    lines = [b"a torch.float32 (2, 3)\n", a.numpy().tobytes(), b"b torch.complex64 (1,)\n", b.numpy().tobytes()]
+    assert found == hashlib.sha256(b"".join(lines)).hexdigest()
+    assert found == digest({"b": b, "a": a.T.contiguous().T})
+    others = [{"a": a}, {"a": a, "c": b}, {"a": a.reshape(3, 2), "b": b}, {"a": a.int(), "b": b}, {"a": a + 1, "b": b}]
+    assert found not in map(digest, others)
+    assert digest({"x": torch.tensor(0.0)}) != digest({"x": torch.tensor(-0.0)})
 
 
 def test_strip_prefix_selects():
