@@ -160,6 +160,9 @@ def _add_data(data: CfgNode) -> None:
     # Share of the clips that are made of still pictures of SA-1B, moved from frame to frame.
     data.SA1B_RATIO = 0.0
     data.SA1B_ROOT = "data/sa-1b"
+    # False: a video without annotations or embeddings, or with damaged ones, stops training. True: it is left out,
+    # counted and listed.
+    data.SKIP_BAD_VIDEOS = False
     # Take 8 videos only, to try things out.
     data.DEBUG = False
 

@@ -21,7 +21,8 @@ PROMPT_KINDS = ("mask", "box", "click")
 class ClipBatch:
     """V clips with B objects.
 
-    keys: a name for each clip: video, and the number of its first frame.
+    keys: a name for each clip: video, and the number of its first frame. frames: for each clip T of (video, number), in
+    the order in which they are shown; a short video repeats some.
     images: uint8 (V, T, 3, S, S), or None where embeddings are read. sizes: int64 (V, 2), rows and columns of the
     frames inside the square. embeddings: (V, T, E, G, G) as stored, or None.
     clip_of_object: int64 (B,), sorted. masks: bool (B, T, M, M) over the square, False where absent or unknown.
@@ -41,6 +42,7 @@ class ClipBatch:
     kinds: list[str]
     points: Tensor
     labels: Tensor
+    frames: list[list[tuple[str, int]]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -142,7 +142,7 @@ class _Run:
             size = min(settings.accumulation, batches_left - i * settings.accumulation)
             self._step(batches, size, self.lr_at(first_step + i))
             last = i + 1 == settings.steps_in(batches_left) or self._max_steps_done()
-            ends = self._max_steps_done() or last and not settings.counts_steps  # there, epochs may be a step long
+            ends = self._max_steps_done() or (last and not settings.counts_steps)  # there, epochs may be a step long
             if at.step % settings.print_freq == 0 or ends:
                 self._report(self.lr_at(first_step + i))
             if settings.counts_steps or not last:
