@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# From nothing to a distilled model: installs into .venv, then runs Stage 1 and geometry fine-tuning on sample photos with
-# a tiny teacher, and ends with a table and a picture. Needs Python 3.10 or newer; no GPU, no network but pip's, no weights.
+# From nothing to a distilled model: installs into .venv, then runs Stage 1 and geometry fine-tuning on sample photos and
+# Stage 2 on sample videos with a tiny teacher, and ends with tables, pictures and a video. Needs Python 3.10 or newer; no
+# GPU, no network but pip's, no weights.
 #
 #   bash scripts/quickstart.sh
 #
 # The teacher has random weights: this shows the mechanics, not SAM3's quality. Everything goes to output/quickstart,
-# and a second run starts there anew (with the same data and teacher). EPOCHS=N, TUNE_EPOCHS=N and OUT=folder change what
-# they say.
+# and a second run starts there anew (with the same data and teacher). EPOCHS=N, TUNE_EPOCHS=N, MEMORY_STEPS=N and
+# OUT=folder change what they say.
 # Works with bash 3.2 (macOS).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +17,8 @@ DATA=data/sample-sa1b
 TEACHER=sam3_checkpoints/sam3_tiny.pt
 EPOCHS=${EPOCHS:-40}
 TUNE_EPOCHS=${TUNE_EPOCHS:-4}
+MEMORY_STEPS=${MEMORY_STEPS:-120}
+VIDEOS=data/sample-sav
 times=""
 # With fewer free cores than threads, spinning threads would slow each other down several times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -64,15 +67,38 @@ step "11. compare with the teacher on held-out photos" "$PYTHON" scripts/evaluat
     --teacher "$TEACHER" --students "$OUT/efficient_sam3_ev_s.pt" "$OUT/efficient_sam3_ev_s_geometry.pt" \
     --names ES-EV-S "ES-EV-S, geometry" --untrained --data-path "$DATA" --output "$OUT"
 
+step "12. sample videos in the SA-V layout" "$PYTHON" data/make_sample_sav.py --output "$VIDEOS"
+step "13. their frames" "$PYTHON" data/extract_sav_frames.py \
+    --source_dir "$VIDEOS/sav_train" --output_dir "$VIDEOS/extracted_frames"
+step "14. the trunk's maps of the frames" bash stage2/scripts/save_embeddings.sh \
+    DATA_DIR="$VIDEOS/extracted_frames" OUTPUT="$OUT/video_embeddings" CHECKPOINT="$TEACHER" GPUS=0 \
+    --frame_stride 4 --num_workers 2
+step "15. train a compressed memory ($MEMORY_STEPS steps)" bash stage2/scripts/train_memory.sh \
+    CFG=stage2/configs/efficient_memory_tiny.yaml OUTPUT="$OUT/memory" GPUS=0 \
+    DATA.SAV_ROOT "$VIDEOS/extracted_frames" DATA.EMBEDDING_DIR "$OUT/video_embeddings" TRAIN.MAX_STEPS "$MEMORY_STEPS"
+step "16. put it into the teacher's checkpoint" bash stage2/scripts/convert_weights.sh \
+    STAGE2_WEIGHTS="$OUT/memory/ckpt_latest.pth" SAM3_WEIGHTS="$TEACHER" OUTPUT="$OUT/efficient_sam3_memory.pt"
+step "17. and into the tuned student's" bash stage2/scripts/convert_weights.sh \
+    STAGE2_WEIGHTS="$OUT/memory/ckpt_latest.pth" SAM3_WEIGHTS="$OUT/efficient_sam3_ev_s_geometry.pt" \
+    OUTPUT="$OUT/efficient_sam3_full.pt"
+step "18. follow an object through a video" "$PYTHON" scripts/predict_video.py \
+    --checkpoint "$OUT/efficient_sam3_full.pt" --video "$(ls "$VIDEOS"/sav_train/*.mp4 | head -n 1)" \
+    --point 160 120 1 --output "$OUT/tracked.gif"
+step "19. compare on held-out videos" "$PYTHON" stage2/evaluate_vos.py \
+    --checkpoints "$TEACHER" "$OUT/efficient_sam3_memory.pt" "$OUT/efficient_sam3_full.pt" \
+    --names teacher "memory" "student and memory" --data "$VIDEOS/sav_val" --output "$OUT/vos"
+
 say "done in $SECONDS s"
 printf '%s' "$times"
 size() { du -sh "$1" | cut -f1; }
 cat <<END
 
   teacher's embeddings   $OUT/teacher/embeddings ($(size "$OUT/teacher/embeddings"))
-  training, curves       $OUT/es_ev_s and $OUT/geometry/es_ev_s (see them with .venv/bin/tensorboard --logdir $OUT)
+  training, curves       $OUT/es_ev_s, $OUT/geometry/es_ev_s, $OUT/memory (see them with .venv/bin/tensorboard --logdir $OUT)
   merged models          $OUT/efficient_sam3_ev_s.pt ($(size "$OUT/efficient_sam3_ev_s.pt"))
                          $OUT/efficient_sam3_ev_s_geometry.pt (tuned behind boxes and points)
+                         $OUT/efficient_sam3_full.pt (with the compressed memory)
   look at                $OUT/evaluation.png
                          $OUT/prediction.png
+                         $OUT/tracked.gif and $OUT/vos/overlays
 END
