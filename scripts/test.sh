@@ -16,9 +16,12 @@ step() { # name, command...
     "$@" || failed="$failed${failed:+, }$name"
 }
 if [ $# -eq 0 ]; then set -- tests; fi
+# Two processes share the tests and the cores; those at full size, of several GiB each, all go to one of them.
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
 step lint .venv/bin/ruff check .
 step format .venv/bin/ruff format --check .
-step pytest .venv/bin/python -m pytest "$@"
+step pytest .venv/bin/python -m pytest --numprocesses 2 --dist loadgroup "$@"
 if [ -n "$failed" ]; then
     printf '[test] failed: %s\n' "$failed" >&2
     exit 1

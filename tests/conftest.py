@@ -7,6 +7,16 @@ from pathlib import Path
 
 import pytest
 
+FULL_SIZE = ("full_size", "parity")  # in the names of tests that take several GiB
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process of several runs all that takes much memory, one test after the other."""
+    for item in items:
+        if any(word in item.nodeid for word in FULL_SIZE):
+            item.add_marker(pytest.mark.xdist_group("full size"))
+
+
 # The stages are imported inside the fixtures: other tests do not wait for them.
 
 
