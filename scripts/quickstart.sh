@@ -86,7 +86,7 @@ step "18. follow an object through a video" "$PYTHON" scripts/predict_video.py \
     --point 160 120 1 --output "$OUT/tracked.gif"
 step "19. compare on held-out videos" "$PYTHON" stage2/evaluate_vos.py \
     --checkpoints "$TEACHER" "$OUT/efficient_sam3_memory.pt" "$OUT/efficient_sam3_full.pt" \
-    --names teacher "memory" "student and memory" --data "$VIDEOS/sav_val" --output "$OUT/vos"
+    --names teacher "memory" "student and memory" --data "$VIDEOS/sav_val" --output "$OUT/vos" --save-masks
 
 say "done in $SECONDS s"
 printf '%s' "$times"

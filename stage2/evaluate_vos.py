@@ -8,6 +8,7 @@ Takes `sam3.pt`, files with a student or a compressed memory merged into it, and
 its truth where it is first seen in an annotated frame; all frames are tracked, and the annotated ones are scored but
 for an object's first and last. Video i goes to process i mod the number of processes. The same command goes on after
 any interruption: videos whose result was made by the same weights and options on the same device are passed over.
+Where masks are kept, the table also tells how well each model's agree with those of the first checkpoint.
 
 In the output folder: results.json; of each model <name>/results/<video>.json and, for the videos of the overlays or
 with --save-masks for all, PNG masks in a tree like the truth's; overlays/ with truth and models side by side.
@@ -35,7 +36,7 @@ from sam3.engine.vos_metrics import RULES, evaluate_sequence
 from sam3.model.sam3_video_predictor import Sam3VideoPredictor
 from sam3.tracker_builder import build_video_model
 from stage2.vos_pictures import predictions_of, save_masks, write_overlay
-from stage2.vos_results import PARTS, Result, millions, read_result, summary, table, write_result
+from stage2.vos_results import PARTS, Result, agreement, millions, read_result, summary, table, write_result
 from stage2.vos_tracking import PROMPTS, check_video, track_video
 
 TIMEOUT = timedelta(days=14)  # the processes meet again only at the end, where the fastest waits for the slowest
@@ -233,9 +234,10 @@ def evaluate_video(
 
     rows = range(video.num_objects)
     scores = evaluate_sequence(video.annotated, rows, tracked.mask, truth)
-    if wants_masks:
-        save_masks(predictions_of(args.output / entry.name, video, args.layout), video, tracked, args.layout)
     path = evaluation.result_path(entry, video)
+    if wants_masks:
+        path.unlink(missing_ok=True)  # a result of other options would vouch for these masks
+        save_masks(predictions_of(args.output / entry.name, video, args.layout), video, tracked, args.layout)
     result = write_result(path, video, tracked, scores, evaluation.options(entry), wants_masks)
     evaluation.results[entry.name][video.name] = result
 
@@ -245,6 +247,7 @@ def evaluate_video(
 
 def finish(evaluation: Evaluation) -> int:
     """Gather what all processes found; process 0 writes results, table and overlays. Returns the exit code."""
+    compare_masks(evaluation)
     shares = distributed.gather_objects((dict(evaluation.results), evaluation.failures))
     failures = sorted({failure for _, failed in shares for failure in failed})
     if not evaluation.world.is_main:
@@ -272,6 +275,24 @@ def finish(evaluation: Evaluation) -> int:
     for what, reason in failures:
         logger.error(f"failed: {what}: {reason}")
     return 1 if failures else 0
+
+
+def compare_masks(evaluation: Evaluation) -> None:
+    """Note in each result of this process how well the masks agree with the first model's, if both kept theirs."""
+    args, first = evaluation.args, evaluation.entries[0]
+    for entry in evaluation.entries:
+        for _, video in evaluation.videos:
+            names = (entry.name, first.name)
+            results = [evaluation.results[name].get(video.name) for name in names]
+            folders = [predictions_of(args.output / name, video, args.layout) for name in names]
+            kept = all(result and result["masks"] for result in results) and all(map(Path.is_dir, folders))
+            if not kept or not any(scores["num_frames"] for scores in results[0]["objects"].values()):
+                continue
+            try:
+                same = entry is first
+                results[0]["agreement"] = 1.0 if same else agreement(video, results[0], *folders, args.layout)
+            except ValueError as error:
+                evaluation.failures.append((f"masks of {video.name} with {entry.name}", str(error)))
 
 
 def draw_overlays(evaluation: Evaluation, rows: list[dict[str, Any]]) -> None:

@@ -10,9 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sam3.engine.files import write_json
 from sam3.engine.vos_folders import AnnotatedVideo
-from sam3.engine.vos_metrics import ObjectScore, summarise
+from sam3.engine.vos_metrics import ObjectScore, region_similarity, summarise
+from stage2.vos_pictures import read_mask
 from stage2.vos_tracking import TrackedVideo
 
 PARTS = {"trunk": "trunk", "memory_attention": "memory attention", "perceiver": "Perceiver"}  # of a model, in the table
@@ -69,10 +72,29 @@ def read_result(path: Path, options: Mapping[str, Any]) -> Result | None:
     return None
 
 
+def agreement(video: AnnotatedVideo, result: Result, folder: Path, first: Path, layout: str) -> float:
+    """How well stored masks agree with the first model's, 0..1: J between them, averaged over frames, then objects.
+
+    Only frames that are scored count. result: of either model, with a frame that is scored. folder, first: where
+    `save_masks` wrote this video's masks of the two.
+
+    Raises ValueError for a mask that is missing or damaged.
+    """
+    means = []
+    for row, name in enumerate(video.objects):
+        entry = result["objects"][name]
+        if entry["num_frames"]:
+            scored = [number for number in video.numbers_of(row) if number >= entry["first_seen"]][1:-1]
+            pairs = ([read_mask(place, video, number, row, layout) for place in (folder, first)] for number in scored)
+            means.append(np.mean([region_similarity(*pair) for pair in pairs]))
+    return float(np.mean(means))
+
+
 def summary(videos: Mapping[str, Result], rule: str) -> dict[str, Any]:
     """What the results of one model come to, None where there is nothing to average; and the results themselves.
 
-    rule: how objects are averaged, see `summarise`. FPS are frames of all videos over their time.
+    rule: how objects are averaged, see `summarise`. FPS are frames of all videos over their time. The agreement is
+    the mean over the videos that have one.
     """
     scores = {
         name: {row: read_score(entry) for row, entry in enumerate(result["objects"].values())}
@@ -83,9 +105,12 @@ def summary(videos: Mapping[str, Result], rule: str) -> dict[str, Any]:
     else:
         unscored = sum(map(len, scores.values()))
         numbers = {"j": None, "f": None, "jf": None, "num_videos": 0, "num_objects": 0, "num_unscored": unscored}
+    agreements = [result["agreement"] for result in videos.values() if "agreement" in result]
     counts = sorted({result["num_tracked"] for result in videos.values() if result["num_timed"]})
     return {
         **numbers,
+        "agreement": float(np.mean(agreements)) if agreements else None,
+        "num_agreement_videos": len(agreements),
         "fps": _fps(videos.values()),
         "fps_by_num_objects": {
             str(count): _fps([result for result in videos.values() if result["num_tracked"] == count])
@@ -109,22 +134,30 @@ def read_score(entry: Mapping[str, Any]) -> ObjectScore:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """The figures of results.json as aligned lines; J and F are in percent."""
+    """The figures of results.json as aligned lines; J, F and the agreement are in percent."""
     models = document["models"]
+    agreed = {row["name"]: row["num_agreement_videos"] for row in models[1:]}
+    agreement_width = _width("agreement") if any(agreed.values()) else 0  # 0: there is nothing to compare
     width = max(5, *(len(row["name"]) for row in models))
     head = f"{'model':<{width}}" + "".join(f"{label:>{_width(label)}}" for label in PARTS.values())
-    head += "".join(f"{title:>{COLUMN}}" for title in ("J&F", "J", "F", "FPS")) + f"{'videos':>8}{'objects':>9}"
+    head += "".join(f"{title:>{COLUMN}}" for title in ("J&F", "J", "F"))
+    head += f"{'agreement':>{agreement_width}}" if agreement_width else ""
+    head += f"{'FPS':>{COLUMN}}{'videos':>8}{'objects':>9}"
     lines = [head, "-" * len(head)]
     for row in models:
         line = f"{row['name']:<{width}}"
         line += "".join(f"{millions(row['parameters'][part]):>{_width(label)}}" for part, label in PARTS.items())
-        cells = ["-" if row[key] is None else f"{100 * row[key]:.1f}" for key in ("jf", "j", "f")]
-        cells.append("-" if row["fps"] is None else rate(row["fps"]))
-        lines.append(line + "".join(f"{c:>{COLUMN}}" for c in cells) + f"{row['num_videos']:>8}{row['num_objects']:>9}")
+        line += "".join(f"{percent(row[key]):>{COLUMN}}" for key in ("jf", "j", "f"))
+        line += f"{percent(row['agreement']):>{agreement_width}}" if agreement_width else ""
+        fps = "-" if row["fps"] is None else rate(row["fps"])
+        lines.append(line + f"{fps:>{COLUMN}}{row['num_videos']:>8}{row['num_objects']:>9}")
     for row in models:
         rates = ", ".join(f"{count}: {rate(fps)}" for count, fps in row["fps_by_num_objects"].items())
         lines += [f"{row['name']}: FPS by the number of objects in the video: {rates}"] if rates else []
         lines += [f"{row['name']}: {row['num_unscored']} objects have no frame to score"] if row["num_unscored"] else []
+    if agreement_width:
+        counts = ", ".join(f"{name}: {count}" for name, count in agreed.items())
+        lines.append(f"agreement is J against the masks of {models[0]['name']}; videos with masks of both: {counts}")
     lines.append(
         f"J&F by the rule of {document['layout']}, prompts: {document['prompt']}; FPS of one process on "
         f"{document['device']} in {document['precision']}, image encoder included"
@@ -139,6 +172,10 @@ def _width(label: str) -> int:
 def rate(fps: float) -> str:
     """Three digits or more, without an exponent."""
     return f"{fps:.3g}" if fps < 100 else f"{fps:.0f}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def millions(count: int) -> str:

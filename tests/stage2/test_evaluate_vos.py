@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,40 +19,31 @@ from sam3.engine.vos_folders import list_annotated_videos
 from sam3.engine.weights import load_weights, save_weights
 from sam3.model.tracker_config import TINY_MEMORY, TrackerConfig
 from sam3.tracker_builder import build_memory
-from stage2 import evaluate_vos
 from stage2.evaluate_vos import main, parse_args
 from tests.engine.processes import fork, join
 from tests.parity.fill import image
-from tests.stage2.vos import LOWER, NOTHING, UPPER, Answer, Predictor, rectangle, save, write_davis, write_sav
+from tests.stage2.vos import (
+    LOWER,
+    NOTHING,
+    UPPER,
+    Answer,
+    nothing,
+    rectangle,
+    run,
+    save,
+    tell,
+    write_davis,
+    write_sav,
+)
 
 NUMBERS = range(0, 17, 4)  # of annotated frames; 4, 8 and 12 are scored
 STAYS = dict.fromkeys(NUMBERS, UPPER)
 LEAVES = {0: LOWER, 4: LOWER, 8: NOTHING, 12: NOTHING, 16: LOWER}
 
 
-def run(checkpoints: Path | list[Path], data: Path, output: Path, *flags: Any) -> tuple[int, dict[str, Any]]:
-    """Exit code, and what is in results.json."""
-    paths = checkpoints if isinstance(checkpoints, list) else [checkpoints]
-    own = ["--checkpoints", *paths, "--data", data, "--output", output, "--device", "cpu", "--dtype", "fp32"]
-    code = main(list(map(str, [*own, "--overlays", 0, *flags])))
-    return code, json.loads((output / "results.json").read_text())
-
-
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch):
-    """Makes the models of all checkpoints answer as they are told; gives the predictors that were made since."""
-
-    def set_answers(**answers: Answer) -> list[Predictor]:
-        made: list[Predictor] = []
-
-        def load(entry, device, amp_dtype) -> Predictor:
-            made.append(Predictor(answers[entry.name]))
-            return made[-1]
-
-        monkeypatch.setattr(evaluate_vos, "load_predictor", load)
-        return made
-
-    return set_answers
+    return partial(tell, monkeypatch)
 
 
 @pytest.fixture
@@ -70,10 +61,6 @@ def truth_of(root: Path, layout: str = "sav") -> Answer:
         return NOTHING if mask is None else mask
 
     return answer
-
-
-def nothing(name: str, number: int, row: int) -> np.ndarray:
-    return NOTHING
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------
@@ -98,7 +85,7 @@ def test_truth_and_nothing(teacher_file: Path, data: Path, tmp_path: Path, told,
     assert (results["device"], results["precision"], results["prompt"]) == ("cpu", "fp32", "mask")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     (row,) = (line for line in lines if line[:1] == ["nothing"])
-    assert row[4:7] == ["16.7", "16.7", "16.7"] and row[8:] == ["2", "3"]
+    assert row[4:8] == ["16.7", "16.7", "16.7", "16.7"] and row[9:] == ["2", "3"]
     # The predictions lie as the truth does.
     for path in sorted((data / "Annotations_6fps").rglob("*.png")):
         own = tmp_path / "out/truth" / path.relative_to(data)

@@ -1,17 +1,22 @@
-"""What the tests of the video evaluation share: small annotated videos, and a predictor that answers as it is told."""
+"""What the tests of the video evaluation share: small annotated videos, a predictor that answers as it is told,
+and runs of the program with it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from sam3.model.video_session import FrameMasks
+from stage2 import evaluate_vos
 
 HEIGHT, WIDTH = 40, 60
 SURE = 10.0  # logit
@@ -65,6 +70,10 @@ def write_davis(root: Path, videos: Mapping[str, list[np.ndarray]], num_frames: 
     return root
 
 
+def nothing(name: str, number: int, row: int) -> np.ndarray:
+    return NOTHING
+
+
 class Session(contextlib.AbstractContextManager):
     """prompts: (frame, object) -> what was given."""
 
@@ -103,3 +112,23 @@ class Predictor:
             masks = torch.stack([torch.from_numpy(self.answer(session.name, t, row)) for row in objects])[:, None]
             logits = (2.0 * masks - 1) * SURE
             yield FrameMasks(t, objects, logits, logits, torch.full((len(objects), 1), SURE))
+
+
+def tell(monkeypatch: pytest.MonkeyPatch, **answers: Answer) -> list[Predictor]:
+    """Makes the models of all checkpoints answer as they are told; gives the predictors that were made since."""
+    made: list[Predictor] = []
+
+    def load(entry, device, amp_dtype) -> Predictor:
+        made.append(Predictor(answers[entry.name]))
+        return made[-1]
+
+    monkeypatch.setattr(evaluate_vos, "load_predictor", load)
+    return made
+
+
+def run(checkpoints: Path | list[Path], data: Path, output: Path, *flags: Any) -> tuple[int, dict[str, Any]]:
+    """Exit code, and what is in results.json."""
+    paths = checkpoints if isinstance(checkpoints, list) else [checkpoints]
+    own = ["--checkpoints", *paths, "--data", data, "--output", output, "--device", "cpu", "--dtype", "fp32"]
+    code = evaluate_vos.main(list(map(str, [*own, "--overlays", 0, *flags])))
+    return code, json.loads((output / "results.json").read_text())
