@@ -10,14 +10,15 @@ M = 4 G side of the masks, N memory tokens of a frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sam3.model.memory_bank import MemoryBank
+from sam3.model.memory_bank import MemoryBank, MemoryRecord
 from sam3.model.sam3_video import Sam3VideoModel
 from sam3.model.tracker import FrameFeatures, ObjectMasks
 from sam3.model.tracker_memory import CompressedMemory, DenseMemory, GatheredMemory
@@ -26,6 +27,7 @@ from stage2.data.batch import ClipBatch
 Memory = DenseMemory | CompressedMemory
 # Frame t, its memory-conditioned map (B, C, G, G), and the masks that the heads made of that.
 Visit = Callable[[int, Tensor, ObjectMasks], None]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Clip:
     first_map: Tensor
 
     def features(self, t: int) -> FrameFeatures:
-        """Of frame t, for each object; of a single clip they are not copied, all objects share them."""
-        return self.frames[t] if len(self.frames[t].top) == 1 else self.frames[t].select(self.rows)
+        """Of frame t, for each object."""
+        return features_of(self.frames[t], self.rows)
 
 
 class Rollout:
@@ -48,8 +50,8 @@ class Rollout:
 
     Args:
         model: in eval mode, frozen, on its device.
-        recompute: where gradients flow, keep the memory of each frame only, and compute a frame's steps again in the
-            backward pass.
+        recompute: where gradients flow, keep what was remembered of each frame and its conditioned map and masks only,
+            and compute a frame's steps again in the backward pass.
     """
 
     def __init__(self, model: Sam3VideoModel, recompute: bool = True):
@@ -61,56 +63,73 @@ class Rollout:
     def start(self, batch: ClipBatch) -> Clip:
         """Features of all frames, and the prompted first one."""
         frames = [self._encode(batch, t) for t in range(batch.num_frames)]
-        first = self._prompted(frames[0].select(batch.clip_of_object), batch)
-        first_map = self.tracker.encode_memory(
-            frames[0].top[batch.clip_of_object], first.low, first.object_logits, from_prompt=True
-        )
-        return Clip(frames, batch.clip_of_object, first, first_map)
+        rows = batch.clip_of_object
+        first = self._prompted(frames[0], batch)
+        top = maps_of(frames[0].top, rows)
+        first_map = self.tracker.encode_memory(top, first.low, first.object_logits, from_prompt=True)
+        return Clip(frames, rows, first, first_map)
 
     def follow(self, clip: Clip, visit: Visit, memory: Memory | None = None) -> None:
         """Goes through frames 1 to T - 1 with a memory (the model's own if left out), calling `visit` at each."""
         bank, num_frames = MemoryBank(), len(clip.frames)
-        bank.add(0, self.tracker.remember(clip.first_map, clip.first, memory), cond=True)
+        bank.add(0, self._remember(clip.first_map, clip.first, memory), cond=True)
         for t in range(1, num_frames):
             gathered = self.tracker.gather(bank.plan(t, num_frames), bank.records, memory)
-            conditioned, heads, memory_map = self._step(clip.features(t), gathered, memory)
+            conditioned, heads, memory_map = self._step(clip, t, gathered, memory)
             visit(t, conditioned, heads)
-            bank.add(t, self.tracker.remember(memory_map, heads, memory), cond=False)
+            if memory_map is not None:
+                bank.add(t, self._remember(memory_map, heads, memory), cond=False)
 
     def follow_both(self, clip: Clip, visit: Visit, target: Callable[[int, Tensor], None], memory: Memory) -> None:
         """As `follow`, while the model's own memory looks at the same masks: `target(t, map)` gets what it makes of
         them. Cheaper than a second roll-out by decoder and memory encoder."""
         own, other, num_frames = MemoryBank(), MemoryBank(), len(clip.frames)
         own.add(0, self.tracker.remember(clip.first_map, clip.first), cond=True)
-        other.add(0, self.tracker.remember(clip.first_map, clip.first, memory), cond=True)
+        other.add(0, self._remember(clip.first_map, clip.first, memory), cond=True)
         for t in range(1, num_frames):
-            features = clip.features(t)
             with torch.no_grad():
                 dense = self.tracker.gather(own.plan(t, num_frames), own.records)
-                target(t, self.tracker.condition(features.top, dense))
+                target(t, self.tracker.condition(maps_of(clip.frames[t].top, clip.rows), dense))
             gathered = self.tracker.gather(other.plan(t, num_frames), other.records, memory)
-            conditioned, heads, memory_map = self._step(features, gathered, memory)
+            conditioned, heads, memory_map = self._step(clip, t, gathered, memory)
             visit(t, conditioned, heads)
-            other.add(t, self.tracker.remember(memory_map, heads, memory), cond=False)
-            own.add(t, self.tracker.remember(memory_map, heads), cond=False)
+            if memory_map is not None:
+                other.add(t, self._remember(memory_map, heads, memory), cond=False)
+                with torch.no_grad():
+                    own.add(t, self.tracker.remember(memory_map, heads), cond=False)
 
     # One frame --------------------------------------------------------------------------------------------------------
 
     def _step(
-        self, features: FrameFeatures, gathered: GatheredMemory, memory: Memory | None
-    ) -> tuple[Tensor, ObjectMasks, Tensor]:
-        """Look at the memory, decode, and make what is to be remembered: conditioned map, masks, memory map."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self._run(features, gathered, memory)
-        return checkpoint(self._run, features, gathered, memory, use_reentrant=False)
+        self, clip: Clip, t: int, gathered: GatheredMemory, memory: Memory | None
+    ) -> tuple[Tensor, ObjectMasks, Tensor | None]:
+        """Look at the memory, decode, and make what is to be remembered: conditioned map, masks, memory map.
 
-    def _run(
-        self, features: FrameFeatures, gathered: GatheredMemory, memory: Memory | None
-    ) -> tuple[Tensor, ObjectMasks, Tensor]:
-        conditioned = self.tracker.condition(features.top, gathered, memory)
-        heads = self.tracker.predict_masks(conditioned, features.high_res, gathered.tokens.shape[0])
-        memory_map = self.tracker.encode_memory(features.top, heads.low, heads.object_logits, from_prompt=False)
-        return conditioned, heads, memory_map
+        Of the last frame nothing is remembered: None.
+        """
+
+        def run(tokens: Tensor) -> tuple[Tensor, ObjectMasks, Tensor | None]:
+            features = clip.features(t)  # here, so that copies for each object do not wait for the backward pass
+            conditioned = self.tracker.condition(features.top, replace(gathered, tokens=tokens), memory)
+            heads = self.tracker.predict_masks(conditioned, features.high_res, len(tokens))
+            if t + 1 == len(clip.frames):
+                return conditioned, heads, None
+            return conditioned, heads, self.tracker.encode_memory(features.top, heads.low, heads.object_logits, False)
+
+        return self._recomputed(run, gathered.tokens)
+
+    def _remember(self, memory_map: Tensor, heads: ObjectMasks, memory: Memory | None) -> MemoryRecord:
+        """A Perceiver has activations too."""
+        return self._recomputed(lambda values: self.tracker.remember(values, heads, memory), memory_map)
+
+    def _recomputed(self, function: Callable[[Tensor], Result], values: Tensor) -> Result:
+        """`function(values)`, once more in the backward pass if activations are not to be kept.
+
+        By `values` torch knows whose random numbers and autocast to bring back then; it looks at tensors only.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return function(values)
+        return checkpoint(function, values, use_reentrant=False)
 
     def _encode(self, batch: ClipBatch, t: int) -> FrameFeatures:
         if batch.embeddings is not None:
@@ -119,14 +138,15 @@ class Rollout:
         return self.model.encode(images.to(self.model.dtype))
 
     def _prompted(self, features: FrameFeatures, batch: ClipBatch) -> ObjectMasks:
-        """Each kind of prompt in a pass of its own, so that none gets padding that inference would not give it."""
+        """From the features of the first frames, of each of V clips. Each kind of prompt in a pass of its own, so that
+        none gets padding that inference would not give it."""
         parts, order = [], []
         for kind, count in (("mask", 0), ("box", 2), ("click", 1)):
             rows = batch.rows_of(kind)
             if not rows:
                 continue
             index = torch.tensor(rows).to(features.top.device, non_blocking=True)
-            own = features.select(index)
+            own = features_of(features, batch.clip_of_object[index])
             if kind == "mask":
                 mask = batch.masks[index, :1].float()
                 side = 16 * self.tracker.config.grid  # as the predictor enlarges a mask that it is given
@@ -143,3 +163,13 @@ class Rollout:
 
         low = join("low")  # as for candidates and ious: of each prompt, those of the chosen mask
         return ObjectMasks(low, low, torch.ones_like(join("object_logits")), join("object_logits"), join("pointer"))
+
+
+def maps_of(maps: Tensor, rows: Tensor) -> Tensor:
+    """Maps of V clips for each object, (B, ...) by the clips `rows` (B,); those of one clip (1, ...) are shared."""
+    return maps if len(maps) == 1 else maps[rows]
+
+
+def features_of(features: FrameFeatures, rows: Tensor) -> FrameFeatures:
+    """`maps_of` for all that is known of a frame."""
+    return features if len(features.top) == 1 else features.select(rows)

@@ -62,14 +62,14 @@ class Validator:
         return self._means(values)
 
     def _means(self, own: dict[str, list[float]]) -> dict[str, float]:
-        """Over the values of all processes."""
-        everywhere = distributed.gather_objects(dict(own))
-        names = dict.fromkeys(name for values in everywhere for name in values)
-        if not names:
+        """Over the values of all processes; ValueError if no object has a frame after the first with a known mask."""
+        joined: dict[str, list[float]] = defaultdict(list)
+        for values in distributed.gather_objects(dict(own)):
+            for name, numbers in values.items():
+                joined[name] += numbers
+        if not joined["jf"]:
             raise ValueError("no clip of the val split could be used; see the log, or set DATA.NUM_VAL_SAMPLES 0")
-        return {
-            f"val/{name}": float(np.mean([v for values in everywhere for v in values.get(name, ())])) for name in names
-        }
+        return {f"val/{name}": float(np.mean(numbers)) for name, numbers in joined.items()}
 
     def _record_pictures(self, step: int, batch: ClipBatch, result: ClipEvaluation, count: int) -> int:
         count = min(count, len(batch))

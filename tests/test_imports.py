@@ -91,6 +91,9 @@ def test_scripts_start_from_the_root_and_from_elsewhere(tmp_path: Path):
     ):
         for folder in (ROOT, tmp_path):
             assert "usage" in run([sys.executable, str(ROOT / script), "--help"], folder)
+    steps = ("save_video_embeddings", "train_memory", "convert_memory_weights")
+    for script in (*(f"{name}_stage2" for name in steps), "evaluate_vos"):
+        assert "usage" in run([sys.executable, str(ROOT / f"stage2/{script}.py"), "--help"], tmp_path)
 
 
 def test_compare_models_needs_only_the_package_folder():

@@ -179,7 +179,7 @@ def build_memory(config: TrackerConfig, memory: MemoryConfig) -> CompressedMemor
             memory.num_latents_2d,
             use_self_attn=memory.perceiver_self_attention,
         )
-        layout = (TokenGroup(memory.num_latents), TokenGroup(memory.num_latents_2d, perceiver.side))
+        layout = perceiver.layout
     attention = EfficientMemoryAttention(
         config.dim,
         config.mem_dim,

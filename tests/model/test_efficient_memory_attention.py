@@ -200,19 +200,14 @@ def test_pointers_alone_and_frames_alone():
         assert attention(**inputs(attention, frames, pointers)).isfinite().all()
 
 
-def test_every_parameter_and_input_gets_a_gradient_and_recomputing_gives_the_same():
+def test_every_parameter_and_input_gets_a_gradient():
     attention = build(MIXED).train()
-    grads = []
-    for recompute in (False, True):
-        attention.recompute = recompute
-        given = inputs(attention)
-        given["memory"].requires_grad_()
-        attention.zero_grad()
-        attention(**given).square().sum().backward()
-        grads.append([given["memory"].grad, *(parameter.grad for parameter in attention.parameters())])
-    for name, kept, again in zip(("memory", *dict(attention.named_parameters())), grads[0], grads[1], strict=True):
-        assert kept.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # the same for all keys: no effect
-        torch.testing.assert_close(kept, again)
+    given = inputs(attention)
+    given["memory"].requires_grad_()
+    attention(**given).square().sum().backward()
+    assert given["memory"].grad.abs().sum() > 0
+    for name, parameter in attention.named_parameters():
+        assert parameter.grad.abs().sum() > 0 or name.endswith("k_proj.bias"), name  # the same for all keys: no effect
 
 
 def test_tables_are_built_once_and_serve_training_after_inference():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam3.engine.optim import parameter_groups
 from sam3.model.efficient_memory_attention import TokenGroup
 from sam3.model.perceiver import EDGETAM, EfficientSpatialPerceiver, PerceiverResampler, nearest_multiple
 from sam3.model.position_encoding import PositionEmbeddingSine
@@ -195,3 +196,12 @@ def test_bfloat16():
 def test_2d_latents_that_fill_no_square(latents: int):
     with pytest.raises(ValueError, match=f"square grid.*got {latents}"):
         EfficientSpatialPerceiver(num_latents_2d=latents)
+
+
+def test_latents_are_tokens_and_do_not_decay():
+    for module, latents in ((seeded(**TINY), 2), (PerceiverResampler(dim=64, heads=2, dim_head=16), 1)):
+        decayed, plain = parameter_groups(nn.ModuleDict({"spatial_perceiver": module}), 0.1)
+        own = [parameter for _, parameter in module.named_parameters(recurse=False)]
+        assert len(own) == latents
+        assert {id(parameter) for parameter in own} <= {id(parameter) for parameter in plain["params"]}
+        assert all(parameter.ndim == 2 for parameter in decayed["params"])

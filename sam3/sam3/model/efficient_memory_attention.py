@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sam3.model.memory_attention import POSITION_WEIGHT, MemoryAttention
 from sam3.model.rope import RotationTable, axial_angles, grid_centres, grid_table, rotation_table
@@ -146,11 +145,7 @@ class EfficientMemoryAttention(MemoryAttention):
         keys = memory + memory_position.to(x.dtype)
         x = x + POSITION_WEIGHT * position.to(x.dtype)
         for layer in self.layers:
-            inputs = (x, keys, memory, table, key_table, num_pointer_tokens, bias)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                x = layer(*inputs)
+            x = layer(x, keys, memory, table, key_table, num_pointer_tokens, bias)
         return self.norm(x)
 
     def _key_table(self, dim: int, device: torch.device) -> RotationTable:

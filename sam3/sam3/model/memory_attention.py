@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sam3.model.rope import RotationTable, grid_table, rotate_pairs
 
@@ -124,8 +123,6 @@ class MemoryAttention(nn.Module):
     Args:
         grid: tokens of a side of the map.
         dropout: of attention weights, residual branches and the feed-forward's inner activations.
-
-    `recompute` (default False) runs each layer again in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, dim: int, mem_dim: int, ffn_dim: int, num_layers: int, grid: int, dropout: float = 0.1):
@@ -133,7 +130,6 @@ class MemoryAttention(nn.Module):
         self.layers = nn.ModuleList(MemoryAttentionLayer(dim, mem_dim, ffn_dim, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.grid = grid
-        self.recompute = False
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -159,9 +155,5 @@ class MemoryAttention(nn.Module):
         keys = memory + memory_position.to(x.dtype)
         x = x + POSITION_WEIGHT * position.to(x.dtype)
         for layer in self.layers:
-            inputs = (x, keys, memory, table, table, num_pointer_tokens)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                x = layer(*inputs)
+            x = layer(x, keys, memory, table, table, num_pointer_tokens)
         return self.norm(x)

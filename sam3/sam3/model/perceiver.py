@@ -121,6 +121,10 @@ class PerceiverResampler(nn.Module):
         """x (B, S, C), position (1|B, S, I) added to the projected keys and values -> (B, num_latents, C)."""
         return self.resample(self.latents.expand(len(x), -1, -1), x, position)
 
+    def no_weight_decay(self) -> list[str]:
+        """The latents, which are tokens: pulling them towards 0 would make them alike."""
+        return [name for name, _ in self.named_parameters(recurse=False)]
+
     def resample(self, latents: Tensor, x: Tensor, position: Tensor | None = None) -> Tensor:
         """As `forward`, for `latents` (B, n, C) that the caller brings."""
         for layer in self.layers:

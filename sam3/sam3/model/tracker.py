@@ -243,7 +243,8 @@ class Sam3Tracker(nn.Module):
         dtype = self.no_mem_embed.dtype
         tokens = [records[frame].tokens.to(dtype) for frame, _ in plan.spatial]  # (B, N, D) each
         own = (memory or self.memory).positions(self.no_mem_embed)  # (N, D)
-        times = self.maskmem_tpos_enc[[index for _, index in plan.spatial], 0]  # (F, 1, D)
+        # Not by a list of numbers, which would wait for the GPU.
+        times = torch.cat([self.maskmem_tpos_enc[index] for _, index in plan.spatial])  # (F, 1, D)
         positions = [(own + times).flatten(0, 1)]  # (F * N, D)
         num_pointer_tokens = 0
         if plan.pointers:
@@ -270,7 +271,9 @@ class Sam3Tracker(nn.Module):
 
 
 def _resize(maps: Tensor, side: int, antialias: bool = False) -> Tensor:
-    """(B, K, h, w) -> (B, K, side, side), bilinear, in float32."""
+    """(B, K, h, w) -> (B, K, side, side), bilinear, in float32; antialias: where that makes them smaller."""
     if maps.shape[-2:] == (side, side):
         return maps
+    # Enlarged maps would be the same with it, only slower, and its gradients on a GPU vary from run to run.
+    antialias = antialias and side < max(maps.shape[-2:])
     return F.interpolate(maps.float(), (side, side), mode="bilinear", align_corners=False, antialias=antialias)
