@@ -121,7 +121,7 @@ def stage2_defaults() -> CfgNode:
     c.TRAIN.MIN_LR = 1e-5
     c.TRAIN.WEIGHT_DECAY = 0.1
     c.TRAIN.CLIP_GRAD = 0.1
-    # Here: recompute memory attention and mask decoder of each frame in the backward pass.
+    # Here: follow the objects through each frame, and compress it, once more in the backward pass.
     c.TRAIN.USE_CHECKPOINT = False
 
     # Load the checkpoint, validate once, and end.

@@ -18,21 +18,23 @@ HALF = 0.5 - 1e-4  # the hair is for rounding
 def grid_masks(masks: Tensor, preprocess: Preprocess, cells: int) -> Tensor:
     """bool (..., H, W) -> bool (..., M, M): the cells of which the object covers at least half.
 
-    Of a cell that the video's edge cuts, the part inside counts; cells that lie mostly in the padding are False. An
-    object that covers no cell half keeps those that it covers most, so that what is there is never lost.
+    Of a cell that the video's edge cuts, the part inside counts. Cells that lie mostly in the padding are False; what
+    they hold of the video counts to the cells before them. An object that covers no cell half keeps those that it
+    covers most, so that what is there is never lost.
     """
     height, width = masks.shape[-2:]
     pixels_per_cell = preprocess.img_size / cells
-    edges, inside = [], []
+    edges = []
     for length, fitted in zip((height, width), preprocess.fitted_size(height, width), strict=True):
         steps = (torch.arange(cells + 1) * pixels_per_cell).clamp(max=fitted)
+        num_inside = int((steps.diff() > pixels_per_cell / 2).sum())
+        steps[max(num_inside, 1) :] = fitted
         edges.append(steps * (length / fitted))
-        inside.append(steps.diff() > pixels_per_cell / 2)
     grid = torch.zeros(*masks.shape[:-2], cells, cells, dtype=torch.bool)
     for mask, out in zip(masks.flatten(0, -3), grid.view(-1, cells, cells), strict=True):
         if mask.any():  # one by one: what is at work then stays in the processor's cache
             shares = mean_between(mask, *edges)
-            out[:] = (shares >= HALF) & inside[0][:, None] & inside[1]
+            out[:] = shares >= HALF
             if not out.any():
                 out[:] = shares == shares.max()
     return grid

@@ -136,6 +136,15 @@ def test_in_padded_squares_a_full_mask_is_the_valid_part(size: tuple[int, int]):
     assert grid_masks(full, SQUARE, 20).all()
 
 
+def test_an_object_at_the_edge_is_not_lost_in_the_padding():
+    size = (41, 80)  # of PAD's cells of 4 pixels the eleventh has one row of the video
+    valid = build_valid_mask(torch.tensor([size]), 80, 20)[0, 0].bool()
+    assert valid[:, 0].tolist() == [True] * 10 + [False] * 10
+    grid = grid_masks(rectangle(*size, 40, 8, 41, 12)[None], PAD, 20)[0]
+    assert torch.equal(grid, rectangle(20, 20, 9, 2, 10, 3))
+    assert not (grid & ~valid).any()
+
+
 def test_pad_places_masks_where_pictures_go():
     mask = rectangle(20, 40, 5, 10, 10, 20)  # 2 pixels of the square to one: rows 10 to 20, columns 20 to 40
     grid = grid_masks(mask[None], PAD, 40)[0]
