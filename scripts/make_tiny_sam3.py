@@ -88,7 +88,8 @@ def centre_masks(model: Sam3Image, tracker: Sam3Tracker) -> None:
     click = (torch.full((1, 1, 2), side / 2), torch.ones(1, 1, dtype=torch.long))
     tracker.predict_masks(tracker.condition(features.top, None), features.high_res, 1, click)
     handle.remove()
-    tracker.sam_mask_decoder.conv_s0.bias -= seen[0].mean((0, 2, 3))
+    # Rounded, so that the file does not depend on the machine and its threads.
+    tracker.sam_mask_decoder.conv_s0.bias -= seen[0].mean((0, 2, 3)).round(decimals=2)
 
 
 def initial_values(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
