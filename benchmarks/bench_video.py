@@ -125,10 +125,11 @@ def measure(args: Namespace, model: Sam3VideoModel) -> list[dict[str, Any]]:
 
 
 def tensor_bytes() -> int:
-    """Of all living tensors, each memory counted once."""
+    """Of all living dense tensors, each memory counted once."""
     gc.collect()
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
+    dense = (tensor for tensor in tensors if tensor.device.type != "meta" and tensor.layout == torch.strided)
+    storages = [tensor.untyped_storage() for tensor in dense]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+PYTEST = "pytest --numprocesses 2 --dist loadgroup"
 
 
 @pytest.fixture
@@ -87,9 +88,9 @@ def test_test_script_runs_all_steps_and_forwards_arguments(house: Path) -> None:
     result = run(house, "test.sh")
     assert result.returncode == 0, result.stderr
     assert "ruff check .\n" in result.stdout and "ruff format --check .\n" in result.stdout
-    assert "pytest tests\n" in result.stdout and "[test] all passed" in result.stdout
+    assert f"{PYTEST} tests\n" in result.stdout and "[test] all passed" in result.stdout
     result = run(house, "test.sh", "-m", "not slow", "tests/data")
-    assert "pytest -m not slow tests/data\n" in result.stdout
+    assert f"{PYTEST} -m not slow tests/data\n" in result.stdout
 
 
 @pytest.mark.parametrize(("setting", "failed"), [("RUFF_CODE", "lint, format"), ("PYTEST_CODE", "pytest")])
@@ -97,4 +98,4 @@ def test_a_failing_step_is_named_and_the_others_run(house: Path, setting: str, f
     result = run(house, "test.sh", **{setting: "3"})
     assert result.returncode == 1
     assert result.stderr == f"[test] failed: {failed}\n"
-    assert "pytest tests\n" in result.stdout
+    assert f"{PYTEST} tests\n" in result.stdout
