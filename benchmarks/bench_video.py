@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.distributed import choose_device
@@ -125,9 +125,12 @@ def measure(args: Namespace, model: Sam3VideoModel) -> list[dict[str, Any]]:
 
 
 def tensor_bytes() -> int:
-    """Of all living dense tensors, each memory counted once."""
+    """Of all living dense tensors, each memory counted once.
+
+    Only plain tensors and parameters: subclasses such as those of torch.compile's tracing may own no memory to point to.
+    """
     gc.collect()
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    tensors = (thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter))
     dense = (tensor for tensor in tensors if tensor.device.type != "meta" and tensor.layout == torch.strided)
     storages = [tensor.untyped_storage() for tensor in dense]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.bench_video import made_up_video, main, tensor_bytes
 from sam3.model.memory_bank import MemoryBank
@@ -25,6 +26,13 @@ def test_bytes_count_each_memory_once():
     tensor = torch.zeros(1000, dtype=torch.float64)
     view = tensor[10:]
     assert tensor_bytes() - before == 8000 and len(view) == 990
+
+
+def test_tensors_of_a_tracing_compiler_are_not_counted():
+    before = tensor_bytes()
+    with FakeTensorMode():
+        traced = torch.zeros(1000)
+    assert tensor_bytes() == before and traced.numel() == 1000
 
 
 @pytest.mark.parametrize("argv", [["--frames", "100"], ["--objects", "0"], ["--preset", "huge"], ["--size", "0", "9"]])
