@@ -127,7 +127,7 @@ def measure(args: Namespace, model: Sam3VideoModel) -> list[dict[str, Any]]:
 def tensor_bytes() -> int:
     """Of all living dense tensors, each memory counted once.
 
-    Only plain tensors and parameters: subclasses such as those of torch.compile's tracing may own no memory to point to.
+    Only plain tensors and parameters: subclasses, as tracing compilers leave them, may own no memory to point to.
     """
     gc.collect()
     tensors = (thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter))
