@@ -13,10 +13,6 @@ memory of the process, or what was allocated on a CUDA device. No table is print
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import measure_apart, measure_training
 from sam3.backbones.student import BACKBONES, build_student
-from sam3.engine import amp
 from sam3.engine.batch import to_device
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.distributed import choose_device
 from sam3.engine.embeddings import EmbeddingBatch
 from sam3.engine.files import write_json
-from sam3.engine.meters import max_memory_gib
 from sam3.model.config import PRESETS, Sam3Config
 from sam3.model.necks import PassThroughTrunk
 from sam3.model_builder import assemble_image_model
@@ -42,7 +37,7 @@ from stage1_geometry_finetune.frozen_path import FrozenPath
 from stage1_geometry_finetune.model import GeometryDistiller
 
 SIDES = ("ours", "baseline")
-TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative distance of the losses, by autocast
+OPTIONS = ("preset", "batch_size", "prompts", "chunk", "repeats", "threads", "device", "amp_dtype")
 
 
 class AllMasks(FrozenPath):
@@ -91,15 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_side(student: str, side: str, args: Namespace) -> dict[str, Any]:
     """Measures in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        command = [sys.executable, __file__, "--side", side, "--result", str(result), "--students", student]
-        for name in ("preset", "batch_size", "prompts", "chunk", "repeats", "threads", "device", "amp_dtype"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        print(f"measuring {student}, {side} ...", file=sys.stderr, flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
-            raise ValueError(f"measuring {student} ({side}) failed, out of memory if it says nothing else above")
-        return torch.load(result, weights_only=True)
+    flags = ["--side", side, "--students", student]
+    return measure_apart(__file__, f"{student}, {side}", flags, args, OPTIONS)
 
 
 def compare(student: str, found: dict[str, dict[str, Any]]) -> None:
@@ -135,32 +123,9 @@ def print_table(args: Namespace, results: dict[str, dict[str, Any]]) -> None:
 def measure(args: Namespace) -> dict[str, Any]:
     """Runs the steps of one side: `step_s`, `peak_gib`, `loss` of the first step, `trained` parameters."""
     config, device = Sam3Config.preset(args.preset), choose_device(args.device)
-    amp_dtype = amp.resolve_amp_dtype(args.amp_dtype != "off", args.amp_dtype, device)
     distiller = build_distiller(args, config, device)
-    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-6)
     batch = to_device(make_batch(config, args.batch_size, args.prompts), device)
-    times, losses = [], []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        with amp.autocast(device, amp_dtype):
-            loss = distiller(batch)["total"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())  # waits for an accelerator
-        del loss
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return {
-        "step_s": min(times),
-        "peak_gib": max_memory_gib(device),
-        "loss": losses[0],
-        "trained": sum(p.numel() for p in distiller.parameters()),
-        "tolerance": TOLERANCE[amp_dtype],
-        "autocast": str(amp_dtype).removeprefix("torch.") if amp_dtype else "off",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    return measure_training(distiller, batch, device, args.amp_dtype, args.repeats)
 
 
 def build_distiller(args: Namespace, config: Sam3Config, device: torch.device) -> GeometryDistiller:

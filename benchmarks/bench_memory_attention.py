@@ -19,18 +19,15 @@ tensors) grew by in the first call, beyond weights and inputs.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import device_name, fastest, measure_apart
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.distributed import choose_device
 from sam3.engine.files import write_json
@@ -69,25 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         torch.save(measure(args), args.result)
         return 0
-    results = {memory: run_memory(memory, args) for memory in MEMORIES}
+    results = {name: measure_apart(__file__, name, ["--memory", name], args, OPTIONS) for name in MEMORIES}
     print_table(args, results)
     if args.json:
         options = {name: getattr(args, name) for name in OPTIONS}
         write_json(args.json, {**options, "torch": torch.__version__, "memories": results})
     return 0
-
-
-def run_memory(memory: str, args: Namespace) -> dict[str, Any]:
-    """Measures in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        command = [sys.executable, __file__, "--memory", memory, "--result", str(result)]
-        for name in OPTIONS:
-            command += [f"--{name}", str(getattr(args, name))]
-        print(f"measuring {memory} ...", file=sys.stderr, flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
-            raise ValueError(f"measuring {memory} failed, out of memory if it says nothing else above")
-        return torch.load(result, weights_only=True)
 
 
 def print_table(args: Namespace, results: dict[str, dict[str, Any]]) -> None:
@@ -141,16 +125,16 @@ def measure(args: Namespace) -> dict[str, Any]:
     held = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else max_memory_gib(device)
     attention(*given)  # also warms up
     call_gib = max_memory_gib(device) - held
-    call_ms, call_cpu_ms = fastest_ms(lambda: attention(*given), args.repeats, device)
+    call_s, call_cpu_s = fastest(lambda: attention(*given), args.repeats, device)
     return {
-        "call_ms": call_ms,
-        "call_cpu_ms": call_cpu_ms,
-        "compress_ms": fastest_ms(compress, args.repeats + 1, device)[0],
+        "call_ms": 1000 * call_s,
+        "call_cpu_ms": 1000 * call_cpu_s,
+        "compress_ms": 1000 * fastest(compress, args.repeats + 1, device)[0],
         "call_gib": call_gib,
         "weights": sum(parameter.numel() for module in modules for parameter in module.parameters()),
         "tokens_per_frame": tokens_per_frame,
         "tokens": tokens,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
     }
 
 
@@ -181,25 +165,6 @@ def build(
         pool_size=memory.pool_size if "pooled" in name else 1,
     )
     return attention, perceiver
-
-
-def fastest_ms(function: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, float]:
-    """Smallest wall time and smallest CPU time of `repeats` runs."""
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        function()
-        synchronize(device)
-        times.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return 1000 * min(wall for wall, _ in times), 1000 * min(cpu for _, cpu in times)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 if __name__ == "__main__":

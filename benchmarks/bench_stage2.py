@@ -12,10 +12,6 @@ their losses agree. ratio = ours / baseline, below 1 is better.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +19,11 @@ from typing import Any
 
 import torch
 
-from sam3.engine import amp
+from benchmarks.measuring import measure_apart, measure_training
 from sam3.engine.batch import to_device
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.distributed import choose_device
 from sam3.engine.files import write_json
-from sam3.engine.meters import max_memory_gib
 from sam3.model.config import Sam3Config
 from sam3.model.necks import PassThroughTrunk, TrackerNeck
 from sam3.model.sam3_video import Sam3VideoModel
@@ -41,7 +36,6 @@ from stage2.rollout import Rollout
 
 SIDES = ("ours", "baseline")
 OPTIONS = ("preset", "frames", "objects", "repeats", "threads", "device", "amp_dtype")
-TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative distance of the losses, by autocast
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,26 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         torch.save(measure(args), args.result)
         return 0
-    results = {side: run_side(side, args) for side in (SIDES[:1] if args.no_baseline else SIDES)}
+    sides = SIDES[:1] if args.no_baseline else SIDES
+    results = {side: measure_apart(__file__, side, ["--side", side], args, OPTIONS) for side in sides}
     if not args.no_baseline:
         compare(results)
     print_table(args, results)
     if args.json:
         write_json(args.json, {name: getattr(args, name) for name in OPTIONS} | {"sides": results})
     return 0
-
-
-def run_side(side: str, args: Namespace) -> dict[str, Any]:
-    """Measures in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        command = [sys.executable, __file__, "--side", side, "--result", str(result)]
-        for name in OPTIONS:
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        print(f"measuring {side} ...", file=sys.stderr, flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
-            raise ValueError(f"measuring {side} failed, out of memory if it says nothing else above")
-        return torch.load(result, weights_only=True)
 
 
 def compare(found: dict[str, dict[str, Any]]) -> None:
@@ -114,33 +96,10 @@ def print_table(args: Namespace, results: dict[str, dict[str, Any]]) -> None:
 def measure(args: Namespace) -> dict[str, Any]:
     """Runs the steps of one side: `step_s`, `peak_gib`, `loss` of the first step, `trained` parameters."""
     config, device = TrackerConfig.preset(args.preset), choose_device(args.device)
-    amp_dtype = amp.resolve_amp_dtype(args.amp_dtype != "off", args.amp_dtype, device)
     width = Sam3Config.preset(args.preset).vit_dim
     distiller = build_distiller(config, width, device, args)
-    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-6)
     batch = to_device(make_batch(config, width, args.frames, args.objects), device)
-    times, losses = [], []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        with amp.autocast(device, amp_dtype):
-            loss = distiller(batch)["total"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())  # waits for an accelerator
-        del loss
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return {
-        "step_s": min(times),
-        "peak_gib": max_memory_gib(device),
-        "loss": losses[0],
-        "trained": sum(p.numel() for p in distiller.parameters()),
-        "tolerance": TOLERANCE[amp_dtype],
-        "autocast": str(amp_dtype).removeprefix("torch.") if amp_dtype else "off",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    return measure_training(distiller, batch, device, args.amp_dtype, args.repeats)
 
 
 def build_distiller(config: TrackerConfig, width: int, device: torch.device, args: Namespace) -> MemoryDistiller:

@@ -8,7 +8,7 @@ memory-mapped and handed to a model that was built without any, so that loading 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ __all__ = [
     "build_student",
     "build_teacher_trunk",
     "encode_phrase",
+    "encode_phrases",
 ]
 
 log = logging.getLogger(__name__)
@@ -211,18 +212,28 @@ def build_sam3_heads(checkpoint_path: str | Path, device: str | torch.device = "
     return model.to(device=choose_device(device), dtype=torch.float32).eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def encode_phrase(checkpoint_path: str | Path, phrase: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """What the text encoder of a checkpoint makes of one phrase; nothing else of the file is read.
+    """`encode_phrases` for one phrase."""
+    return encode_phrases(checkpoint_path, [phrase], device)
 
-    Returns, on `device`: language_features (L, 1, C) float32 and language_mask (1, L) bool, True = padding, as
+
+@torch.no_grad()
+def encode_phrases(
+    checkpoint_path: str | Path, phrases: Sequence[str], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """What the text encoder of a checkpoint makes of T phrases; nothing else of the file is read.
+
+    Returns, on `device`: language_features (L, T, C) float32 and language_mask (T, L) bool, True = padding, as
     `Sam3Image.predict_boxes` takes them.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, one without its text encoder, or an empty phrase.
+        FileNotFoundError, ValueError: no such file, one without its text encoder, no phrase, or an empty one.
     """
-    if not phrase.strip():
-        raise ValueError(f"a text prompt is a phrase, got {phrase!r}")
+    if isinstance(phrases, str) or not phrases:
+        raise ValueError(f"wanted a non-empty list of phrases, got {phrases!r}")
+    for phrase in phrases:
+        if not phrase.strip():
+            raise ValueError(f"a text prompt is a phrase, got {phrase!r}")
     file = load_weights(checkpoint_path)
     tensors = detector_tensors(file.tensors, file.path)
     own = strip_prefix(tensors, TEXT_ENCODER)
@@ -232,7 +243,7 @@ def encode_phrase(checkpoint_path: str | Path, phrase: str, device: str | torch.
         encoder = _build_text_encoder(Sam3Config.from_tensors(tensors))
     take_over(encoder, own, file.path)
     encoder = encoder.to(device=choose_device(device), dtype=torch.float32).eval()
-    mask, features, _ = encoder([phrase])
+    mask, features, _ = encoder(list(phrases))
     return {"language_features": features, "language_mask": mask}
 
 

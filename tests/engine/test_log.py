@@ -50,6 +50,16 @@ def test_metrics_are_json_lines(tmp_path):
     assert abs(line["time"] - time.time()) < 60
 
 
+def test_numbers_may_have_other_names_and_units(tmp_path):
+    tags = {"step_ms": [("step_s", 1e-3)], "loss": [("weighted", 1), ("raw", 0.5)]}
+    with MetricLog(tmp_path, tensorboard=False, tags=tags) as metrics:
+        metrics.scalars(3, {"step_ms": 1500.0, "loss": 4.0, "lr": 0.1})
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert {k: v for k, v in line.items() if k != "time"} == {
+        "step": 3, "step_s": 1.5, "weighted": 4.0, "raw": 2.0, "lr": 0.1,
+    }  # fmt: skip
+
+
 def test_the_main_process_may_have_another_file(tmp_path):
     for rank in (0, 1):
         log.setup(tmp_path, rank, "train.log").info(f"from {rank}")

@@ -238,12 +238,14 @@ def check_fits(
     meta: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     config_keys: Iterable[str] = (),
+    way_out: str = "set TRAIN.AUTO_RESUME False",
 ) -> None:
     """Refuse a checkpoint of another run.
 
     meta: every entry must stand in the checkpoint's meta with the same value (nested dicts entry by entry). The `name`
     of a file whose `sha256` is on both sides may differ.
     config_keys: dotted keys whose values must be the same in the checkpoint's config and in `config`.
+    way_out: how not to resume it, for the message.
     Raises ValueError naming each difference with both values.
     """
     differences = [
@@ -257,7 +259,7 @@ def check_fits(
     if differences:
         raise ValueError(
             f"{path} belongs to another run: {'; '.join(differences)}. "
-            "Restore the setting, choose another --output, or set TRAIN.AUTO_RESUME False"
+            f"Restore the setting, choose another --output, or {way_out}"
         )
 
 

@@ -154,12 +154,12 @@ def load_config(
     return config
 
 
-def to_dict(config: CfgNode) -> dict[str, Any]:
+def to_dict(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as plain dicts, lists, numbers and strings."""
     return {key: _plain(value) for key, value in config.items()}
 
 
-def dump_config(config: CfgNode, path: str | Path) -> None:
+def dump_config(config: Mapping[str, Any], path: str | Path) -> None:
     """Write all keys as JSON, or as YAML if `path` ends so; `--cfg` with that file starts the same run."""
     if Path(path).suffix in (".yaml", ".yml"):
         files.write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from sam3.engine import files
 
 Item = TypeVar("Item")
 LINE = "[%(asctime)s] %(message)s"
+# Name of a number in the training loop -> the names it is recorded under, each with the factor that its unit asks for.
+Tags = Mapping[str, Sequence[tuple[str, float]]]
 
 
 def setup(output: str | Path | None = None, rank: int = 0, main_file: str = "log_rank0.txt") -> logging.Logger:
@@ -49,8 +51,8 @@ class MetricLog:
     """Numbers and pictures of a run, written by process 0; in other processes (or without output) it does nothing.
 
     Numbers go to `<output>/metrics.jsonl`, one object a line with `step` and `time`, appended over restarts, and with
-    the pictures to TensorBoard events in `<output>/<YYYY-MM-DD>/<HH-MM-SS>/` (or in `tensorboard_folder` of the output)
-    and to wandb, as asked for.
+    the pictures to TensorBoard events in `<output>/<YYYY-MM-DD>/<HH-MM-SS>/` (or in `tensorboard_folder`, absolute or
+    below the output) and to wandb, as asked for. tags: numbers that are recorded under other names.
     resume_step: lines of this step and later are removed first, because the resumed run writes them again.
     Units stand in the names: `train/step_ms`, `train/max_mem_gib`. Raises ValueError if an asked-for package is absent.
     """
@@ -65,8 +67,10 @@ class MetricLog:
         wandb_project: str | None = None,
         run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
+        tags: Tags | None = None,
         resume_step: int | None = None,
     ) -> None:
+        self._tags = tags or {}
         self._lines = self._board = self._wandb = None
         if output is None or not enabled:
             return
@@ -86,6 +90,11 @@ class MetricLog:
         """Record named numbers; NaN and infinities become null in the JSON."""
         if self._lines is None:
             return
+        values = {
+            other: value * factor
+            for name, value in values.items()
+            for other, factor in self._tags.get(name, ((name, 1),))
+        }
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **clean}) + "\n")
         self._lines.flush()

@@ -99,7 +99,8 @@ class TrainingRun:
     stand in the log only.
     make_recipe: `by_epochs` or `by_steps`. unit: what a sample is called, in the plural. data: where the samples lie,
     DATA.DATA_PATH if empty. fresh: what the student starts from without MODEL.PRETRAINED. tensorboard_folder: see
-    `MetricLog`.
+    `MetricLog`. tags: see `MetricLog`. stated: the settings as the user states them, for files and checkpoints, where
+    `config` is derived from those. keeps_checkpoints: False for a run that only tries things out.
     """
 
     config: CfgNode
@@ -125,8 +126,12 @@ class TrainingRun:
     data: str = ""
     fresh: str = "random weights"
     tensorboard_folder: str = ""
+    tags: log.Tags = field(default_factory=dict)
+    stated: Mapping[str, Any] | None = None
+    keeps_checkpoints: bool = True
 
     def __post_init__(self) -> None:
+        self.stated = self.stated or to_dict(self.config)
         self.data = self.data or self.config.DATA.DATA_PATH
 
     @cached_property
@@ -155,7 +160,7 @@ class TrainingRun:
         config = self.config
         path, resume = self._start()
         if self.world.is_main:  # only now: a refused run leaves the files of the one whose folder this is
-            dump_config(config, self.output / self.config_name)
+            dump_config(self.stated, self.output / self.config_name)
             write_env(self.output / "env.json", argv)
             self._list_left_out()
         self._describe(path)
@@ -166,7 +171,8 @@ class TrainingRun:
             tensorboard_folder=self.tensorboard_folder,
             wandb_project=self.project if config.USE_WANDB else None,
             run_name=f"{config.MODEL.NAME}-{config.TAG}",
-            config=to_dict(config),
+            config=self.stated,
+            tags=self.tags,
             resume_step=checkpoint.position_of(resume).step + 1 if resume else 0,
         ) as metrics:
             result = train(
@@ -177,9 +183,9 @@ class TrainingRun:
                 self.recipe.lr_at,
                 self.settings,
                 world=self.world,
-                output=self.output,
+                output=self.output if self.keeps_checkpoints else None,
                 saved=self.saved,
-                config=to_dict(config),
+                config=self.stated,
                 meta=self.meta,
                 validate=self.make_validator(metrics) if self.make_validator else None,
                 metrics=metrics,
@@ -210,7 +216,10 @@ class TrainingRun:
                 self.start_from()
             return None, None
         resume = checkpoint.load(path)
-        checkpoint.check_fits(resume, path, meta=self.meta, config=to_dict(config), config_keys=self.resume_keys)
+        way_out = "set TRAIN.AUTO_RESUME False" if config.TRAIN.AUTO_RESUME else "leave --resume out"
+        checkpoint.check_fits(
+            resume, path, meta=self.meta, config=self.stated, config_keys=self.resume_keys, way_out=way_out
+        )
         return path, resume
 
     # Other things to do -----------------------------------------------------------------------------------------------
