@@ -18,8 +18,9 @@ ALLOWED = {
     "stage1_geometry_finetune": {"sam3", "stage1_geometry_finetune"},
     "stage2": {"sam3", "stage2"},
     "data": {"sam3"},
-    "scripts": {"sam3"},
-    "benchmarks": {"sam3", "stage1", "stage1_geometry_finetune", "stage2", "tests"},
+    "distillation": {"sam3", "distillation"},
+    "scripts": {"sam3", "distillation"},
+    "benchmarks": {"sam3", "stage1", "stage1_geometry_finetune", "stage2", "distillation", "benchmarks", "tests"},
 }
 OWN = {*ALLOWED, "tests"}
 # Inside the package: these do not know each other.

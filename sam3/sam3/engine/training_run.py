@@ -153,6 +153,7 @@ class TrainingRun:
         """Train to the end; the main process keeps other runs out of the output folder meanwhile."""
         if not self.world.is_main:
             return self._train(argv)
+        self.output.mkdir(parents=True, exist_ok=True)
         with FileLock(self.output / ".train.lock", f"training in {self.output}"):
             return self._train(argv)
 
@@ -299,7 +300,7 @@ class TrainingRun:
         processes, batch = distributed.planned_world_size(), self.sampler.batch_size
         trained = sum(p.numel() for p in self.saved.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in self.saved.parameters() if not p.requires_grad)
-        backbone = f" ({config.MODEL.BACKBONE})" if "BACKBONE" in config.MODEL else ""
+        backbone = f" ({config.MODEL.BACKBONE})" if config.MODEL.get("BACKBONE") else ""
         length = f"{settings.max_steps} in all" if settings.counts_steps else f"{settings.epochs} epochs"
         kept, checkpoint_bytes = self._checkpoints()
         plan = {

@@ -1,0 +1,277 @@
+"""Time of what the distillation adds to two models: matching their queries, and the losses with their gradients.
+
+    python benchmarks/bench_distillation.py --threads 1             # full size, about 2 GB
+    python benchmarks/bench_distillation.py --preset tiny --at-least 0
+
+--part losses: one picture of random outputs, 100 queries against 200, maps of 252 against 288, all eight losses forward
+and backward, against the same formulas written down for one pair and called for each:
+
+    per pair        every pair resizes its two masks, as the formula of the cost says
+    resized once    the loop of someone who noticed, for comparison
+
+All three must choose the same pairs and give the same loss and gradients. `x` = theirs / ours, above 1 is better; the
+exit code is 1 if `per pair` is less than `--at-least` times ours.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from distillation.config import LOSSES, DistillationConfig
+from distillation.hungarian import HungarianMatcher, Pair
+from distillation.losses import DistillationLoss
+from sam3.engine.cli import make_parser, run_main
+from sam3.engine.distributed import choose_device
+from sam3.engine.files import write_json
+
+BASELINES = ("per pair", "resized once")
+STAGES = ("matching", "losses", "together")
+TOLERANCE = 1e-4  # of loss and gradients, by their size; float32 in another order
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Student's and teacher's number of queries and side of masks and finest features; a quarter is the coarsest."""
+
+    queries: tuple[int, int]
+    side: tuple[int, int]
+    mask_size: int  # at which masks are matched
+    dim: int
+
+
+PRESETS = {
+    "full": Sizes(queries=(100, 200), side=(252, 288), mask_size=144, dim=256),
+    "tiny": Sizes(queries=(6, 10), side=(28, 32), mask_size=16, dim=8),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--part", choices=PARTS, default="losses", help="what to measure")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="size of the outputs")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the fastest counts")
+    parser.add_argument("--at-least", type=float, default=10.0, help="ratio below which the exit code is 1")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(argv)
+    for name in ("repeats", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    torch.set_num_threads(args.threads)
+    figures, code = PARTS[args.part](args)
+    if args.json:
+        options = {name: getattr(args, name) for name in ("part", "preset", "repeats", "threads")}
+        write_json(args.json, {**options, "torch": torch.__version__, **figures})
+    return code
+
+
+# Matching and losses --------------------------------------------------------------------------------------------------
+
+
+def run_losses(args: Namespace) -> tuple[dict[str, Any], int]:
+    """Figures in ms of each side and stage, and the exit code."""
+    sizes, device = PRESETS[args.preset], choose_device(args.device)
+    student = make_outputs(sizes, 0, device)
+    teacher = make_outputs(sizes, 1, device)
+    config = DistillationConfig()
+    matcher, loss = HungarianMatcher(mask_size=sizes.mask_size), DistillationLoss(config.loss_weights)
+    sides: dict[str, tuple[Match, Loss]] = {
+        "ours": (matcher, lambda *given: loss(*given, with_features=True)["total_loss"]),
+        "per pair": (lambda *given: plain_match(*given, sizes.mask_size), plain_loss),
+        "resized once": (lambda *given: plain_match(*given, sizes.mask_size, resize_once=True), plain_loss),
+    }
+    found = {name: measure(*side, student, teacher, args.repeats, device) for name, side in sides.items()}
+    for name in BASELINES:
+        check_same(found["ours"], found[name], name)
+    times = {name: figures["ms"] for name, figures in found.items()}
+    ratio = times["per pair"]["together"] / times["ours"]["together"]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"preset {args.preset}, {sizes}, {kind}, {args.threads} threads, torch {torch.__version__}, ", end="")
+    print(f"fastest of {args.repeats}; x = theirs / ours, above 1 is better")
+    print_table(times)
+    if ratio < args.at_least:
+        print(f"{ratio:.1f} times as fast as per pair; wanted at least {args.at_least:g}")
+    return {"device": kind, "ms": times, "ratio": ratio}, int(ratio < args.at_least)
+
+
+Match = Callable[[dict[str, Any], dict[str, Any]], list[Pair]]
+Loss = Callable[[dict[str, Any], dict[str, Any], list[Pair]], Tensor]
+
+
+def make_outputs(sizes: Sizes, side: int, device: torch.device) -> dict[str, Any]:
+    """Random common outputs of one picture; side: 0 student, with gradients, 1 teacher."""
+    generator = torch.Generator().manual_seed(side)
+    queries, edge, dim = sizes.queries[side], sizes.side[side], sizes.dim
+
+    def noise(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(device).requires_grad_(side == 0)
+
+    corner = torch.rand(1, queries, 2, generator=generator) / 2
+    size = torch.rand(1, queries, 2, generator=generator) / 2
+    return {
+        "pred_masks": noise(1, queries, edge, edge, scale=4),
+        "pred_boxes": torch.cat((corner, corner + size), -1).to(device).requires_grad_(side == 0),
+        "pred_logits": noise(1, queries, scale=2),
+        "presence_logits": noise(1, 1),
+        "semantic_seg": noise(1, 1, edge, edge, scale=4),
+        "fpn_features": tuple(noise(1, dim, edge // k, edge // k) for k in (1, 2, 4)),
+        "encoder_output": noise(1, (edge // 4) ** 2, dim),
+        "encoder_hw": (edge // 4, edge // 4),
+    }
+
+
+def measure(
+    match: Match, loss: Loss, student: dict[str, Any], teacher: dict[str, Any], repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """`ms` of each stage, the `pairs`, the `loss` and its `gradients`."""
+    leaves = [leaf for leaf in _flat(student) if isinstance(leaf, Tensor)]
+    times = []
+    for _ in range(repeats):
+        for leaf in leaves:
+            leaf.grad = None
+        start = _now(device)
+        pairs = match(student, teacher)
+        between = _now(device)
+        total = loss(student, teacher, pairs)
+        total.backward()
+        end = _now(device)
+        times.append((between - start, end - between, end - start))
+    ms = {stage: 1000 * min(spent) for stage, spent in zip(STAGES, zip(*times, strict=True), strict=True)}
+    return {"ms": ms, "pairs": pairs, "loss": total.item(), "gradients": [leaf.grad for leaf in leaves]}
+
+
+def check_same(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    """ValueError if the two sides computed different things."""
+    for found, wanted in zip(ours["pairs"], theirs["pairs"], strict=True):
+        if not all(map(torch.equal, found, wanted)):
+            raise ValueError(f"{name} matches other queries, so the times mean nothing")
+    if not abs(ours["loss"] - theirs["loss"]) <= TOLERANCE * abs(theirs["loss"]):
+        raise ValueError(f"the losses are {ours['loss']} and, {name}, {theirs['loss']}, so the times mean nothing")
+    for found, wanted in zip(ours["gradients"], theirs["gradients"], strict=True):
+        if not (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+            raise ValueError(f"{name} gives other gradients, so the times mean nothing")
+
+
+def print_table(times: dict[str, dict[str, float]]) -> None:
+    print(f"{'ms':<10}{'ours':>10}" + "".join(f"{name:>14}{'x':>7}" for name in BASELINES))
+    for stage in STAGES:
+        ours = times["ours"][stage]
+        theirs = (times[name][stage] for name in BASELINES)
+        print(f"{stage:<10}{ours:>10.1f}" + "".join(f"{other:>14.1f}{other / ours:>7.2f}" for other in theirs))
+
+
+# The formulas, one pair at a time -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_match(
+    student: dict[str, Any], teacher: dict[str, Any], mask_size: int, resize_once: bool = False
+) -> list[Pair]:
+    """The assignment of least cost of each picture, every cost computed on its own."""
+    pairs = []
+    for b in range(len(student["pred_masks"])):
+        ours, theirs = ({name: side[name][b] for name in LOOP} for side in (student, teacher))
+        masks = [lambda i, side=side: probabilities(side["pred_masks"][i], mask_size) for side in (ours, theirs)]
+        mine, other = map(cache, masks) if resize_once else masks
+        costs = torch.empty(len(ours["pred_logits"]), len(theirs["pred_logits"]))
+        for i in range(costs.shape[0]):
+            for j in range(costs.shape[1]):
+                p, q = mine(i), other(j)
+                overlap = (p * q).sum()
+                iou = overlap / (p.sum() + q.sum() - overlap + 1e-6)
+                box = (ours["pred_boxes"][i] - theirs["pred_boxes"][j]).abs().mean()
+                logit = (ours["pred_logits"][i].sigmoid() - theirs["pred_logits"][j].sigmoid()).abs()
+                costs[i, j] = 1 - iou + box + logit
+        pairs.append(tuple(torch.from_numpy(rows) for rows in linear_sum_assignment(costs.numpy())))
+    return pairs
+
+
+LOOP = ("pred_masks", "pred_boxes", "pred_logits")
+
+
+def plain_loss(student: dict[str, Any], teacher: dict[str, Any], pairs: list[Pair]) -> Tensor:
+    """The weighted sum of the eight terms with their usual weights, the first four pair by pair."""
+    terms: dict[str, list[Tensor]] = {name: [] for name in LOSSES}
+    for b, (rows, columns) in enumerate(pairs):
+        found: dict[str, list[Tensor]] = {name: [] for name in list(LOSSES)[:4]}
+        for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
+            found["mask_loss"].append(plain_mask_loss(student["pred_masks"][b, i], teacher["pred_masks"][b, j]))
+            ours, theirs = student["pred_boxes"][b, i], teacher["pred_boxes"][b, j]
+            found["box_l1_loss"].append((ours - theirs).abs().mean())
+            found["box_giou_loss"].append(1 - plain_giou(ours, theirs))
+            ours, theirs = student["pred_logits"][b, i], teacher["pred_logits"][b, j]
+            found["logit_loss"].append(F.binary_cross_entropy_with_logits(ours, theirs.sigmoid()))
+        for name, values in found.items():
+            terms[name].append(torch.stack(values).mean())
+        ours, theirs = student["semantic_seg"][b, 0], teacher["semantic_seg"][b, 0]
+        terms["semantic_seg_loss"].append(plain_mask_loss(ours, theirs))
+    terms["presence_loss"].append(F.mse_loss(student["presence_logits"], teacher["presence_logits"]))
+    for ours, theirs in zip(student["fpn_features"], teacher["fpn_features"], strict=True):
+        terms["fpn_feature_loss"].append(F.mse_loss(_resized(ours, theirs.shape[-2:]), theirs))
+    ours, theirs = (
+        side["encoder_output"].transpose(1, 2).unflatten(2, side["encoder_hw"]) for side in (student, teacher)
+    )
+    terms["encoder_feature_loss"].append(F.mse_loss(_resized(ours, theirs.shape[-2:]), theirs))
+    weights = DistillationConfig().loss_weights
+    return sum(weights[name] * torch.stack(values).mean() for name, values in terms.items())
+
+
+def probabilities(logits: Tensor, size: int) -> Tensor:
+    """`(h, w)` logits -> `(size, size)` in 0..1."""
+    return _resized(logits[None, None], (size, size))[0, 0].sigmoid()
+
+
+def plain_mask_loss(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Dice + BCE of two maps of logits."""
+    logits, target = _resized(ours[None, None], theirs.shape)[0, 0], theirs.sigmoid()
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+    return dice + F.binary_cross_entropy_with_logits(logits, target)
+
+
+def plain_giou(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Generalised IoU of two boxes xyxy."""
+    width = (torch.minimum(ours[2], theirs[2]) - torch.maximum(ours[0], theirs[0])).clamp(min=0)
+    height = (torch.minimum(ours[3], theirs[3]) - torch.maximum(ours[1], theirs[1])).clamp(min=0)
+    inter = width * height
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (ours, theirs)) - inter
+    low, high = torch.minimum(ours[:2], theirs[:2]), torch.maximum(ours[2:], theirs[2:])
+    hull = (high - low).prod()
+    return inter / (union + 1e-7) - (hull - union) / (hull + 1e-7)
+
+
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _flat(outputs: dict[str, Any]) -> list[Any]:
+    """All values, those of tuples one by one."""
+    return [leaf for value in outputs.values() for leaf in (value if isinstance(value, tuple) else (value,))]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after all that was started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+PARTS = {"losses": run_losses}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Teachers: SAM3 in three forms behind one interface."""
