@@ -34,7 +34,7 @@ REQUIRES = [
 ]
 STAGE1 = ["tensorboard>=2.14", "pycocotools>=2.0.7", "scipy>=1.11", "isal>=1.5"]
 STAGE2 = [*STAGE1, "opencv-python>=4.8"]
-HF = ["transformers>=4.57"]
+HF = ["transformers>=5.0"]
 DEV = [*STAGE2, *HF, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-image>=0.22", "scikit-learn>=1.3"]
 
 setup(

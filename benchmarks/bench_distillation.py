@@ -15,11 +15,10 @@ exit code is 1 if `per pair` is less than `--at-least` times ours.
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from benchmarks.measuring import device_name, fastest
 from distillation.config import LOSSES, DistillationConfig
 from distillation.hungarian import HungarianMatcher, Pair
 from distillation.losses import DistillationLoss
@@ -38,6 +38,10 @@ from sam3.engine.files import write_json
 BASELINES = ("per pair", "resized once")
 STAGES = ("matching", "losses", "together")
 TOLERANCE = 1e-4  # of loss and gradients, by their size; float32 in another order
+
+Query = tuple[Tensor, Tensor, Tensor]  # mask, box, logit
+Match = Callable[[dict[str, Any], dict[str, Any]], list[Pair]]
+Loss = Callable[[dict[str, Any], dict[str, Any], list[Pair]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,22 +96,25 @@ def run_losses(args: Namespace) -> tuple[dict[str, Any], int]:
         "per pair": (lambda *given: plain_match(*given, sizes.mask_size), plain_loss),
         "resized once": (lambda *given: plain_match(*given, sizes.mask_size, resize_once=True), plain_loss),
     }
-    found = {name: measure(*side, student, teacher, args.repeats, device) for name, side in sides.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(args.repeats):  # in turn, so that a busy machine is busy for all
+        for name, side in sides.items():
+            ms = found[name]["ms"] if name in found else {}
+            found[name] = measure(*side, student, teacher, device)
+            found[name]["ms"] = {stage: min(spent, ms.get(stage, spent)) for stage, spent in found[name]["ms"].items()}
     for name in BASELINES:
         check_same(found["ours"], found[name], name)
     times = {name: figures["ms"] for name, figures in found.items()}
     ratio = times["per pair"]["together"] / times["ours"]["together"]
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"preset {args.preset}, {sizes}, {kind}, {args.threads} threads, torch {torch.__version__}, ", end="")
-    print(f"fastest of {args.repeats}; x = theirs / ours, above 1 is better")
+    print(
+        "{} of {} queries, maps of {} against {}, ".format(*sizes.queries, *sizes.side)
+        + f"matched at {sizes.mask_size}, {device_name(device)}, {args.threads} threads, torch {torch.__version__}, "
+        f"fastest of {args.repeats}; x = theirs / ours, above 1 is better"
+    )
     print_table(times)
     if ratio < args.at_least:
         print(f"{ratio:.1f} times as fast as per pair; wanted at least {args.at_least:g}")
-    return {"device": kind, "ms": times, "ratio": ratio}, int(ratio < args.at_least)
-
-
-Match = Callable[[dict[str, Any], dict[str, Any]], list[Pair]]
-Loss = Callable[[dict[str, Any], dict[str, Any], list[Pair]], Tensor]
+    return {"device": device_name(device), "ms": times, "ratio": ratio}, int(ratio < args.at_least)
 
 
 def make_outputs(sizes: Sizes, side: int, device: torch.device) -> dict[str, Any]:
@@ -133,23 +140,25 @@ def make_outputs(sizes: Sizes, side: int, device: torch.device) -> dict[str, Any
 
 
 def measure(
-    match: Match, loss: Loss, student: dict[str, Any], teacher: dict[str, Any], repeats: int, device: torch.device
+    match: Match, loss: Loss, student: dict[str, Any], teacher: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """`ms` of each stage, the `pairs`, the `loss` and its `gradients`."""
+    """`ms` of each stage, the `pairs`, the `loss` and its `gradients`, of one run."""
     leaves = [leaf for leaf in _flat(student) if isinstance(leaf, Tensor)]
-    times = []
-    for _ in range(repeats):
-        for leaf in leaves:
-            leaf.grad = None
-        start = _now(device)
-        pairs = match(student, teacher)
-        between = _now(device)
-        total = loss(student, teacher, pairs)
+    for leaf in leaves:
+        leaf.grad = None
+    found: dict[str, Any] = {}
+
+    def matching() -> None:
+        found["pairs"] = match(student, teacher)
+
+    def losses() -> None:
+        total = loss(student, teacher, found["pairs"])
         total.backward()
-        end = _now(device)
-        times.append((between - start, end - between, end - start))
-    ms = {stage: 1000 * min(spent) for stage, spent in zip(STAGES, zip(*times, strict=True), strict=True)}
-    return {"ms": ms, "pairs": pairs, "loss": total.item(), "gradients": [leaf.grad for leaf in leaves]}
+        found["loss"] = total.item()
+
+    ms = {stage.__name__: 1000 * fastest(stage, 1, device)[0] for stage in (matching, losses)}
+    ms["together"] = sum(ms.values())
+    return {**found, "ms": ms, "gradients": [leaf.grad for leaf in leaves]}
 
 
 def check_same(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
@@ -182,41 +191,37 @@ def plain_match(
     """The assignment of least cost of each picture, every cost computed on its own."""
     pairs = []
     for b in range(len(student["pred_masks"])):
-        ours, theirs = ({name: side[name][b] for name in LOOP} for side in (student, teacher))
-        masks = [lambda i, side=side: probabilities(side["pred_masks"][i], mask_size) for side in (ours, theirs)]
-        mine, other = map(cache, masks) if resize_once else masks
-        costs = torch.empty(len(ours["pred_logits"]), len(theirs["pred_logits"]))
-        for i in range(costs.shape[0]):
-            for j in range(costs.shape[1]):
-                p, q = mine(i), other(j)
-                overlap = (p * q).sum()
-                iou = overlap / (p.sum() + q.sum() - overlap + 1e-6)
-                box = (ours["pred_boxes"][i] - theirs["pred_boxes"][j]).abs().mean()
-                logit = (ours["pred_logits"][i].sigmoid() - theirs["pred_logits"][j].sigmoid()).abs()
-                costs[i, j] = 1 - iou + box + logit
-        pairs.append(tuple(torch.from_numpy(rows) for rows in linear_sum_assignment(costs.numpy())))
+        ours, theirs = queries_of(student, b), queries_of(teacher, b)
+        prepare = partial(probabilities, size=mask_size)
+        if resize_once:
+            prepare = cache(prepare)
+        costs = [[plain_cost(one, other, prepare).item() for other in theirs] for one in ours]
+        pairs.append(tuple(map(torch.from_numpy, linear_sum_assignment(costs))))
     return pairs
 
 
-LOOP = ("pred_masks", "pred_boxes", "pred_logits")
+def queries_of(outputs: dict[str, Any], b: int) -> list[Query]:
+    """Mask, box and logit of each query of picture b."""
+    return list(zip(*(outputs[name][b].unbind() for name in ("pred_masks", "pred_boxes", "pred_logits")), strict=True))
+
+
+def plain_cost(ours: Query, theirs: Query, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    p, q = prepare(ours[0]), prepare(theirs[0])
+    overlap = (p * q).sum()
+    iou = overlap / (p.sum() + q.sum() - overlap + 1e-6)
+    box = (ours[1] - theirs[1]).abs().mean()
+    return 1 - iou + box + (ours[2].sigmoid() - theirs[2].sigmoid()).abs()
 
 
 def plain_loss(student: dict[str, Any], teacher: dict[str, Any], pairs: list[Pair]) -> Tensor:
     """The weighted sum of the eight terms with their usual weights, the first four pair by pair."""
     terms: dict[str, list[Tensor]] = {name: [] for name in LOSSES}
     for b, (rows, columns) in enumerate(pairs):
-        found: dict[str, list[Tensor]] = {name: [] for name in list(LOSSES)[:4]}
-        for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
-            found["mask_loss"].append(plain_mask_loss(student["pred_masks"][b, i], teacher["pred_masks"][b, j]))
-            ours, theirs = student["pred_boxes"][b, i], teacher["pred_boxes"][b, j]
-            found["box_l1_loss"].append((ours - theirs).abs().mean())
-            found["box_giou_loss"].append(1 - plain_giou(ours, theirs))
-            ours, theirs = student["pred_logits"][b, i], teacher["pred_logits"][b, j]
-            found["logit_loss"].append(F.binary_cross_entropy_with_logits(ours, theirs.sigmoid()))
-        for name, values in found.items():
-            terms[name].append(torch.stack(values).mean())
-        ours, theirs = student["semantic_seg"][b, 0], teacher["semantic_seg"][b, 0]
-        terms["semantic_seg_loss"].append(plain_mask_loss(ours, theirs))
+        ours, theirs = queries_of(student, b), queries_of(teacher, b)
+        of_pairs = [plain_pair_terms(ours[i], theirs[j]) for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
+        for name in of_pairs[0]:
+            terms[name].append(torch.stack([found[name] for found in of_pairs]).mean())
+        terms["semantic_seg_loss"].append(plain_mask_loss(student["semantic_seg"][b, 0], teacher["semantic_seg"][b, 0]))
     terms["presence_loss"].append(F.mse_loss(student["presence_logits"], teacher["presence_logits"]))
     for ours, theirs in zip(student["fpn_features"], teacher["fpn_features"], strict=True):
         terms["fpn_feature_loss"].append(F.mse_loss(_resized(ours, theirs.shape[-2:]), theirs))
@@ -226,6 +231,15 @@ def plain_loss(student: dict[str, Any], teacher: dict[str, Any], pairs: list[Pai
     terms["encoder_feature_loss"].append(F.mse_loss(_resized(ours, theirs.shape[-2:]), theirs))
     weights = DistillationConfig().loss_weights
     return sum(weights[name] * torch.stack(values).mean() for name, values in terms.items())
+
+
+def plain_pair_terms(ours: Query, theirs: Query) -> dict[str, Tensor]:
+    return {
+        "mask_loss": plain_mask_loss(ours[0], theirs[0]),
+        "box_l1_loss": (ours[1] - theirs[1]).abs().mean(),
+        "box_giou_loss": 1 - plain_giou(ours[1], theirs[1]),
+        "logit_loss": F.binary_cross_entropy_with_logits(ours[2], theirs[2].sigmoid()),
+    }
 
 
 def probabilities(logits: Tensor, size: int) -> Tensor:
@@ -259,15 +273,6 @@ def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 def _flat(outputs: dict[str, Any]) -> list[Any]:
     """All values, those of tuples one by one."""
     return [leaf for value in outputs.values() for leaf in (value if isinstance(value, tuple) else (value,))]
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, after all that was started on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
 
 
 PARTS = {"losses": run_losses}

@@ -81,6 +81,7 @@ class DistillationConfig:
 
     # Student ----------------------------------------------------------------------------------------------------------
     student: str = "full"  # full: 100.3M parameters; tiny: the same code at small widths
+    student_dropout: float = 0.1  # in its transformers
     student_pretrained: bool | None = None  # begin with RepViT's and MobileCLIP's weights; None: where there are any
     student_precision: str = "amp_fp16"  # of its matrix products; weights and losses are float32. CPU: always fp32
     gradient_checkpointing: bool = True  # compute the transformers' activations again in the backward pass
@@ -211,6 +212,8 @@ class DistillationConfig:
                 value = getattr(self, name)
                 if value is not None and not least <= value < float("inf"):
                     raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+        if not 0 <= self.student_dropout < 1:
+            raise ValueError(f"student_dropout must be in 0..1, below 1; got {self.student_dropout}")
         if not self.memory_budget_gb > 0:
             raise ValueError(f"memory_budget_gb must be above 0, got {self.memory_budget_gb}")
         if sum(self.loss_weights[name] for name in LOSSES if name not in FEATURE_LOSSES) == 0:

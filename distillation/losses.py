@@ -161,69 +161,73 @@ def dice_and_bce(ours: Tensor, theirs: Tensor, eps: float) -> Tensor:
     `1 - (2 sum(p t) + eps) / (sum p + sum t + eps)` (Milletari et al. 2016, V-Net, without its squares), and the mean
     of `softplus(logit) - logit t`, finite for any finite logit.
     """
-    return _MapLoss.apply(ours, theirs, partial(_dice_and_bce, eps=eps)) if len(ours) else ours.sum((1, 2))
+    if len(ours) == 0:
+        return ours.sum((1, 2))  # no values, yet part of the graph
+    return _MapLoss.apply(ours[None], theirs[None], partial(_dice_and_bce, eps=eps))[0]
 
 
 def feature_mse(ours: Tensor, theirs: Tensor) -> Tensor:
     """Mean square difference of `(B, C, h, w)`, resized, and `(B, C, H, W)`: a scalar."""
     assert ours.shape[:2] == theirs.shape[:2], f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
-    return _MapLoss.apply(ours.flatten(0, 1), theirs.flatten(0, 1), _square_error).mean()
+    return _MapLoss.apply(ours, theirs, _square_error).mean()
 
 
 class _MapLoss(torch.autograd.Function):
-    """Resizes maps `(K, h, w)` to the size of their targets `(K, H, W)` and gives the loss of each: `(K,)`.
+    """Resizes maps `(B, C, h, w)` to the size of their targets `(B, C, H, W)` and gives the loss of each: `(B, C)`.
 
-    These maps are what a loss spends its time and memory on. So it takes a slice of them at a time and finds the
-    gradient in the same go: all that waits for the backward pass is one float32 tensor `(K, h, w)`, where plain
-    operations keep several of `(K, H, W)`. Targets get no gradient; half precision is widened slice by slice.
+    These maps are what a loss spends its time and memory on. So it takes a slice of the channels at a time and finds
+    the gradient in the same go: all that waits for the backward pass is one float32 tensor `(B, C, h, w)`, where plain
+    operations keep several of `(B, C, H, W)`. Targets get no gradient; half precision is widened slice by slice.
 
-    rule: resized maps and targets, `(k, H, W)` both, -> loss of each map `(k,)` and its gradient to the resized map.
+    rule: resized maps and targets -> loss of each map and its gradient to the resized map.
     """
 
     @staticmethod
     def forward(ctx: Any, ours: Tensor, theirs: Tensor, rule: Rule) -> Tensor:
         dtype = torch.promote_types(ours.dtype, torch.float32)
+        # Processors resize several times as fast with the channels innermost, which is worth the copy.
+        layout = torch.channels_last if ours.device.type == "cpu" else torch.preserve_format
         size = theirs.shape[-2:]
-        step = max(1, SLICE_PIXELS // size.numel())
+        step = max(1, SLICE_PIXELS // (len(theirs) * size.numel()))
         slopes = torch.empty_like(ours, dtype=dtype) if ctx.needs_input_grad[0] else None
         losses = []
-        for start in range(0, len(ours), step):
+        for start in range(0, ours.shape[1], step):
             part = slice(start, start + step)
             with torch.set_grad_enabled(slopes is not None):
-                small = ours[part].detach().to(dtype).requires_grad_(slopes is not None)
-                large = resize(small[None], size)
-            loss, slope = rule(large.detach()[0], theirs[part].to(dtype))
+                small = ours[:, part].detach().to(dtype, memory_format=layout).requires_grad_(slopes is not None)
+                large = resize(small, size)
+            loss, slope = rule(large.detach(), theirs[:, part].to(dtype, memory_format=layout))
             losses.append(loss)
             if slopes is not None:
-                slopes[part] = torch.autograd.grad(large, small, slope[None])[0]
+                slopes[:, part] = torch.autograd.grad(large, small, slope)[0]
         ctx.dtype = ours.dtype
         ctx.save_for_backward(slopes)
-        return torch.cat(losses)
+        return torch.cat(losses, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * grad[:, None, None]).to(ctx.dtype), None, None
+        return (slopes * grad[:, :, None, None]).to(ctx.dtype), None, None
 
 
 def _dice_and_bce(logits: Tensor, targets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The rule of `dice_and_bce`; targets: logits too."""
     p, t = logits.sigmoid(), targets.sigmoid()
     work = F.softplus(logits).addcmul_(logits, t, value=-1)
-    bce = work.mean((1, 2))
-    top = 2 * torch.mul(p, t, out=work).sum((1, 2)) + eps
-    bottom = p.sum((1, 2)) + t.sum((1, 2)) + eps
+    bce = work.mean((2, 3))
+    top = 2 * torch.mul(p, t, out=work).sum((2, 3)) + eps
+    bottom = p.sum((2, 3)) + t.sum((2, 3)) + eps
     # Dice by p: top / bottom^2 - 2 t / bottom, and p by the logit: p (1 - p). BCE by the logit: (p - t) / pixels.
-    slope = torch.addcmul((top / bottom.square())[:, None, None], t, (-2 / bottom)[:, None, None], out=work)
-    slope.mul_(p).addcmul_(slope, p, value=-1).add_(p.sub_(t), alpha=1 / p[0].numel())
+    slope = torch.addcmul((top / bottom.square())[:, :, None, None], t, (-2 / bottom)[:, :, None, None], out=work)
+    slope.mul_(p).addcmul_(slope, p, value=-1).add_(p.sub_(t), alpha=1 / p.shape[2:].numel())
     return 1 - top / bottom + bce, slope
 
 
 def _square_error(maps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The rule of `feature_mse`: the mean over pixels of (map - target)^2."""
     error = maps - targets
-    return error.square().mean((1, 2)), error.mul_(2 / error[0].numel())
+    return error.square().mean((2, 3)), error.mul_(2 / error.shape[2:].numel())
 
 
 def paired_giou(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -237,4 +241,4 @@ def paired_giou(ours: Tensor, theirs: Tensor) -> Tensor:
 
 def tokens_to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """`(B, L, C)`, row by row -> `(B, C, *size)`, a view. Resized as a sequence, ends of rows would mix."""
-    return tokens.transpose(1, 2).unflatten(2, tuple(size))
+    return tokens.unflatten(1, tuple(size)).permute(0, 3, 1, 2)

@@ -58,6 +58,7 @@ def open_sources(config: DistillationConfig, phase: Phase, num_queries: int) -> 
         store = open_trunk_cache(config, teacher_meta)
     elif config.teacher_mode == "output_cache":
         outputs = open_output_cache(config, teacher_meta, num_queries)
-    if (cache := store or outputs) is not None:
-        require_cached(cache, [*train.keys(), *val.keys()])
+    for cache in (store, outputs):
+        if cache is not None:
+            require_cached(cache, [*train.keys(), *val.keys()])
     return Sources(config, train, val, store, outputs, teacher_meta)

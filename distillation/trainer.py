@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from yacs.config import CfgNode
 
 from distillation.cache_writer import write_cache
 from distillation.config import FEATURE_LOSSES, DistillationConfig, Phase
@@ -69,19 +70,14 @@ class DistillationTrainer:
             saves: False keeps no checkpoints.
 
         Raises:
-            FileNotFoundError, ValueError: what is to be started from is not there or of another phase, or the folder
-                holds a run that is neither resumed nor to be replaced.
+            FileNotFoundError, ValueError: `init` or `resume` is not there, or of another phase.
         """
         self.config, self.phase, self.world, self.saves = config, phase, world, saves
         self.output = phase_folder(config, phase.number)
         self.resume = self._find_resume(resume)
-        self.init = "" if self.resume else self._find_init(init)
-        if self.resume:
-            max_steps += checkpoint.load(self.resume)["step"] if max_steps else 0
-        self.keys = run_keys(
-            config, phase, self.output, world.device,
-            init=self.init, resume=str(self.resume or ""), max_steps=max_steps,
-        )  # fmt: skip
+        if init and not Path(init).is_file():
+            raise FileNotFoundError(f"no weights {init} to start from; wanted a checkpoint or an exported student")
+        self.init, self.max_steps = init, max_steps
 
     # What can be done -------------------------------------------------------------------------------------------------
 
@@ -117,6 +113,19 @@ class DistillationTrainer:
     # Parts, made when they are needed, in the order in which mistakes are cheapest to find --------------------------
 
     @cached_property
+    def keys(self) -> CfgNode:
+        """The engine's, with what the run starts from."""
+        start = "" if self.resume else self.init
+        if not self.resume and not self.init and self.phase.number == 2:
+            start = str(self._last_of_phase_1())
+        done = checkpoint.load(self.resume)["step"] if self.resume else 0
+        last = done + self.max_steps if self.max_steps else 0
+        resume = str(self.resume or "")
+        return run_keys(
+            self.config, self.phase, self.output, self.world.device, init=start, resume=resume, max_steps=last
+        )
+
+    @cached_property
     def sources(self) -> Sources:
         return open_sources(self.config, self.phase, self.student.config.num_queries)
 
@@ -136,6 +145,7 @@ class DistillationTrainer:
             image_size=config.image_size,
             pixel_mean=config.student_mean,
             pixel_std=config.student_std,
+            dropout=config.student_dropout,
         )
         student = EfficientSAM3(sizes)
         student.freeze_unused()
@@ -151,13 +161,14 @@ class DistillationTrainer:
 
     @cached_property
     def run(self) -> TrainingRun:
+        keys = self.keys  # first of all: where it starts from
         sources, distiller = self.sources, self.distiller
         sampler = EpochSampler(
             len(sources.train), self.config.batch_size,
             rank=self.world.rank, world_size=self.world.size, seed=self.config.seed, drop_last=False,
         )  # fmt: skip
         return TrainingRun(
-            self.keys,
+            keys,
             self.world,
             self.output,
             distiller,
@@ -218,20 +229,14 @@ class DistillationTrainer:
             )
         return path
 
-    def _find_init(self, init: str) -> str:
-        if init and not Path(init).is_file():
-            raise FileNotFoundError(
-                f"no weights {init} to start from; --init takes a checkpoint or an exported student"
-            )
-        if init or self.phase.number == 1:
-            return init
+    def _last_of_phase_1(self) -> Path:
         path = checkpoint.newest(phase_folder(self.config, 1))
         if path is None:
             raise FileNotFoundError(
                 f"phase 2 starts from phase 1, and {phase_folder(self.config, 1)} holds no checkpoint of it; run "
                 "--phase 1 first, or pass weights with --init"
             )
-        return str(path)
+        return path
 
     def _refuse_to_mix(self) -> None:
         """A folder that holds a run is resumed or left alone."""
@@ -242,8 +247,8 @@ class DistillationTrainer:
 
     def _start(self) -> None:
         """Give the student the weights that training begins with."""
-        if self.init:
-            load_weights(self.student, self.init)
+        if self.keys.MODEL.PRETRAINED:
+            load_weights(self.student, self.keys.MODEL.PRETRAINED)
         elif self.config.pretrained:
             load_pretrained(self.student)
 

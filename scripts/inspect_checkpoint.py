@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from distillation.export import KIND
+from distillation.models.efficient_sam3 import EfficientSAM3Config
 from sam3.backbones.student import describe, recognise_student
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import human_bytes
@@ -54,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def kind(found: WeightFile) -> str:
-    """One phrase for what the file is, from its keys and shapes."""
+    """One phrase for what the file is, from its keys and shapes; the sizes of a distilled student, from its meta."""
+    if any(key.startswith("vision.adapters.") for key in found.tensors):
+        form = "exported file" if found.meta.get("kind") == KIND else "training checkpoint"
+        return f"{form} of a distilled student, {distilled_sizes(found)}"
     if any(key.startswith("backbone.model.") for key in found.tensors):
         return f"checkpoint of a student, {student_name(found.tensors, '')}"
     if any(key.startswith(COMPRESSED_MEMORY) for key in found.tensors):
@@ -68,6 +73,14 @@ def kind(found: WeightFile) -> str:
         leftover = f"; WARNING: {own} tensors of the teacher's trunk are still in it" if own else ""
         return f"SAM3 merged with a student, {student_name(tensors, f'{STUDENT_TRUNK}.')}{leftover}"
     return "SAM3 with its own image encoder" if own else "SAM3 without an image encoder"
+
+
+def distilled_sizes(found: WeightFile) -> str:
+    try:
+        config = EfficientSAM3Config.from_meta(found.meta.get("student"))
+    except ValueError as error:
+        return f"which cannot be used ({error})"
+    return f"{config.num_queries} queries at {config.image_size} px, for phrases only"
 
 
 def student_name(tensors: Mapping[str, Tensor], prefix: str) -> str:

@@ -3,9 +3,11 @@
     python scripts/predict.py --checkpoint sam3_checkpoints/sam3.pt --image photo.jpg --text "red car" --output out.png
     python scripts/predict.py --checkpoint merged.pt --image photo.jpg --box 40 60 210 300 --json masks.json
     python scripts/predict.py --checkpoint merged.pt --image photo.jpg --clicks --point 120 90 1 --output out.png
+    python scripts/predict.py --checkpoint student_fp16.pt --image photo.jpg --text "all objects" --output out.png
 
 Boxes and points are examples, of which everything alike is found; with --clicks they mark the very things to cut out.
-Takes `sam3.pt`, merged student checkpoints and the tiny ones, and needs no GPU.
+Takes `sam3.pt`, merged student checkpoints, the files of train_distill.py's student (which reads phrases only) and the
+tiny ones, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distillation.export import is_student_file, load_student, read_student_meta
+from distillation.models.efficient_sam3 import EfficientSAM3
+from distillation.processor import StudentProcessor
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import atomic_path, write_json
 from sam3.model.sam3_image import Sam3Image
@@ -40,7 +45,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     box = {"nargs": "+", "type": float, "action": "extend", "default": [], "metavar": "X0 Y0 X1 Y1"}
-    add("--checkpoint", required=True, type=Path, help="sam3.pt, a merged student checkpoint, or a tiny one")
+    add("--checkpoint", required=True, type=Path,
+        help="sam3.pt, a merged student checkpoint, a distilled student's exported file, or a tiny one")  # fmt: skip
     add("--image", required=True, type=Path, help="picture to look at")
     add("--text", help='phrase to look for, such as "red car"')
     add("--box", **box, help="pixels of something to find; several boxes one after another")
@@ -102,23 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     boxes = [(normalised_box(box, image), True) for box in args.box]
     boxes += [(normalised_box(box, image), False) for box in args.negative_box]
     points = [(checked_point(point[:2], image), bool(point[2])) for point in args.point]
-    model = build_sam3_image_model(
-        checkpoint_path=args.checkpoint,
-        device=args.device,
-        compile=args.compile,
-        enable_text_encoder=not args.clicks,
-        enable_inst_interactivity=args.clicks,
-    )
-    processor = Sam3Processor(
-        model,
-        confidence_threshold=args.threshold or 0,
-        autocast_dtype=AUTOCAST_DTYPES[args.dtype],
-        top_k=args.top_k,
-    )
+    processor = build_processor(args)
     start = time.perf_counter()
     state = processor.set_image(image)
     if args.clicks:
-        cut_out(model, state, args.box, args.point)
+        cut_out(processor.model, state, args.box, args.point)
     else:
         processor.set_prompts(state, text=args.text, boxes=boxes, points=points)
     logger.info("model ran %.2f s on %s", time.perf_counter() - start, processor.device)
@@ -131,6 +125,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(args.json, to_coco(args, state))
     return 0
+
+
+def build_processor(args: argparse.Namespace) -> Sam3Processor:
+    """The checkpoint's model, of either kind, ready for pictures."""
+    options = {
+        "confidence_threshold": args.threshold or 0,
+        "autocast_dtype": AUTOCAST_DTYPES[args.dtype],
+        "top_k": args.top_k,
+    }
+    if is_student_file(args.checkpoint):
+        return StudentProcessor(build_distilled_student(args), **options)
+    model = build_sam3_image_model(
+        checkpoint_path=args.checkpoint,
+        device=args.device,
+        compile=args.compile,
+        enable_text_encoder=not args.clicks,
+        enable_inst_interactivity=args.clicks,
+    )
+    return Sam3Processor(model, **options)
+
+
+def build_distilled_student(args: argparse.Namespace) -> EfficientSAM3:
+    """ValueError where it is to look for anything but a phrase."""
+    given = {"--box": args.box, "--negative-box": args.negative_box, "--point": args.point, "--clicks": args.clicks}
+    if flags := [flag for flag, value in given.items() if value]:
+        raise ValueError(
+            f"{args.checkpoint} is a distilled student, which reads phrases only: give --text and leave out "
+            f"{', '.join(flags)}, or take sam3.pt or a merged checkpoint"
+        )
+    taught = read_student_meta(args.checkpoint).get("prompts", [])
+    if taught and args.text not in taught:
+        logger.warning("%r is none of the phrases this student was taught: %s", args.text, ", ".join(map(repr, taught)))
+    student = load_student(args.checkpoint, args.device)
+    if args.compile:
+        student.vision.compile()
+        student.mask_decoder.pixel_decoder.compile()
+    return student
 
 
 def normalised_box(box: list[float], image: Tensor) -> tuple[float, float, float, float]:

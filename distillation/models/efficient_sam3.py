@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -129,6 +130,16 @@ class EfficientSAM3(nn.Module):
         """How a picture becomes `pixel_values`."""
         return self.config.preprocess
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.decoder.query_embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the pictures that go in."""
+        return self.decoder.query_embed.weight.dtype
+
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, text_padding_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -160,23 +171,41 @@ class EfficientSAM3(nn.Module):
         """
         self._check_inputs(pixel_values, input_ids, text_padding_mask)
         padding = padding_of(input_ids) if text_padding_mask is None else text_padding_mask
-        levels = self.vision(pixel_values)
-        prompt = self.text(input_ids)
+        levels = self.encode_image(pixel_values)
+        found = self.ground(levels, self.encode_text(input_ids), padding)
+        masks, semantic = self.mask_decoder(levels, found["encoder_output"], found.pop("queries"))
+        return {**found, "pred_masks": masks, "semantic_seg": semantic, "fpn_features": levels}
+
+    def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, S, S) -> `fpn_features`, which serve any number of phrases."""
+        return self.vision(pixel_values)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, C), which serves any number of pictures."""
+        return self.text(input_ids)
+
+    def ground(self, levels: tuple[Tensor, ...], prompt: Tensor, padding: Tensor) -> dict[str, Any]:
+        """Look for a phrase in encoded pictures: all outputs but the masks.
+
+        Args:
+            levels, prompt: of `encode_image` and `encode_text`; padding: (B, L) bool, True = ignore.
+
+        Returns:
+            Boxes, logits, presence and the encoder's output as `forward_with_intermediates` names them, and `queries`
+            (B, Q, C); `mask_decoder` makes masks of any of those.
+        """
         # The sums over layers stay in the precision of the weights, also where autocast made the map of half.
-        coarse = levels[-1].to(self.decoder.query_embed.weight.dtype)
+        coarse = levels[-1].to(self.dtype)
         pos = _as_tokens(self.positions(coarse))
         memory = self.encoder(_as_tokens(coarse), pos, prompt, padding)
         decoded = self.decoder(memory, pos, prompt, padding, coarse.shape[-2:])
-        masks, semantic = self.mask_decoder(levels, memory, decoded.queries)
         return {
-            "pred_masks": masks,
             "pred_boxes": box_cxcywh_to_xyxy(decoded.boxes),
             "pred_logits": self.scoring(decoded.queries, prompt, padding)[..., 0].float(),
             "presence_logits": decoded.presence_logits,
-            "semantic_seg": semantic,
-            "fpn_features": levels,
             "encoder_output": memory,
             "encoder_hw": tuple(coarse.shape[-2:]),
+            "queries": decoded.queries,
         }
 
     def _check_inputs(self, pixel_values: Tensor, input_ids: Tensor, padding: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -118,9 +119,7 @@ def read_config(folder: Path, image_size: int) -> Any:
         raise ValueError(
             f"{folder} holds no model that transformers can open ({_first_line(error)}); {NATIVE}"
         ) from error
-    config = (
-        getattr(config, "detector_config", None) or config
-    )  # the hub's file is the video model, its detector inside
+    config = getattr(config, "detector_config", None) or config  # the hub has it inside the model for video
     if not isinstance(config, transformers.Sam3Config):
         raise ValueError(f"{folder} holds a model of type {config.model_type!r}; wanted sam3 (--teacher facebook/sam3)")
     patch = config.vision_config.backbone_config.patch_size
@@ -149,7 +148,7 @@ def load_model(folder: Path, image_size: int, with_trunk: bool) -> nn.Module:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"cannot load Sam3Model from {folder}: {_first_line(error)}; {NATIVE}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} weights of Sam3Model: {list_names(missing)}; fetch it again")
@@ -163,6 +162,11 @@ def encode_prompts(model: nn.Module, folder: Path, prompts: Sequence[str]) -> tu
         tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} holds no tokenizer ({_first_line(error)}); fetch all files of the model") from error
+    if len(tokenizer) != model.vocab_size:  # without its files it is made all the same, with next to no words
+        raise ValueError(
+            f"the tokenizer in {folder} knows {len(tokenizer)} words, the model {model.vocab_size}; "
+            "fetch all files of the model"
+        )
     tokens = tokenizer(
         list(prompts),
         padding="max_length",
@@ -197,9 +201,8 @@ def _transformers() -> ModuleType:
     except ImportError as error:
         raise ValueError(f'teacher_backend hf needs transformers; pip install -e ".[hf]", {NATIVE}') from error
     if not hasattr(transformers, "Sam3Model"):
-        raise ValueError(
-            f'transformers {transformers.__version__} has no Sam3Model; pip install -U -e ".[hf]", {NATIVE}'
-        )
+        version = transformers.__version__
+        raise ValueError(f"transformers {version} is too old for Sam3Model; pip install -U transformers, {NATIVE}")
     return transformers
 
 

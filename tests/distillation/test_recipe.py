@@ -73,7 +73,7 @@ def test_settings_reach_the_loop():
 def test_precision_follows_the_device(precision: str, kind: str, wanted: tuple[bool, str]):
     config = DistillationConfig(student_precision=precision)
     keys = run_keys(config, config.phase(1), Path("out"), torch.device(kind))
-    assert (keys.AMP_ENABLE, keys.AMP_DTYPE) == wanted
+    assert wanted == (keys.AMP_ENABLE, keys.AMP_DTYPE)
 
 
 def test_workers_follow_the_device():

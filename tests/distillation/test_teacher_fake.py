@@ -81,7 +81,7 @@ def test_it_stays_frozen_and_goes_on_from_its_trunk(teacher: FakeTeacher):
 
 
 def test_what_does_not_fit_is_refused(teacher: FakeTeacher):
-    with pytest.raises(ValueError, match="image_size 120 is no multiple .* set image_size 112"):
+    with pytest.raises(ValueError, match=r"image_size 120 is no multiple .* set image_size 112"):
         FakeTeacher(DistillationConfig(teacher_backend="fake", image_size=120), "cpu")
     with pytest.raises(ValueError, match=r"are \(B, 3, 112, 112\), got \(2, 3, 126, 126\)"):
         teacher(pictures(126), PROMPTS, features=False)

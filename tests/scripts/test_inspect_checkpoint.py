@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 
+from distillation.export import export_student
 from sam3.engine.merge import STUDENT_TRUNK, TRUNK, plan_merge
 from sam3.engine.weights import WeightFile, save_weights
 from sam3.model.tracker_config import MemoryConfig
 from scripts.inspect_checkpoint import main
+from tests.distillation.slim import tiny_student
 from tests.manifests import manifest_tensors
 
 
@@ -103,6 +105,22 @@ def test_a_strange_student_is_called_so(tmp_path, capsys):
     assert "a student, which is none of the known ones (the weights fit no student" in inspect(
         capsys, tmp_path / "s.pt"
     )
+
+
+def test_distilled_student(tmp_path, capsys):
+    student = tiny_student()
+    export_student(student, tmp_path / "s.pt", {"prompts": ["all objects"]})
+    out = inspect(capsys, tmp_path / "s.pt")
+    assert "s.pt: exported file of a distilled student, 10 queries at 112 px, for phrases only," in out
+    assert '"prompts": ["all objects"]' in out
+    assert row(out, "mask_decoder")[0] == str(len(student.mask_decoder.state_dict()))
+    assert "tracker:" not in out
+    save_weights(tmp_path / "t.pth", student.state_dict(), {"student": student.config.to_meta()})
+    out = inspect(capsys, tmp_path / "t.pth")
+    assert "t.pth: training checkpoint of a distilled student, 10 queries at 112 px," in out
+    save_weights(tmp_path / "t.pth", student.state_dict())
+    out = inspect(capsys, tmp_path / "t.pth")
+    assert "of a distilled student, which cannot be used (the sizes of the student are not" in out
 
 
 def test_other_files(tmp_path, capsys):

@@ -84,7 +84,7 @@ class Sam3Processor:
         sizes = torch.tensor([size for _, size in fitted])
         with self._inference():
             normalised = self.preprocess.normalise(inputs, sizes).to(self.model.dtype)
-            state["backbone_out"] = self.model.backbone.forward_image(normalised)
+            state["backbone_out"] = self._encode_images(normalised)
         state["original_heights"] = [picture.shape[1] for picture in pictures]
         state["original_widths"] = [picture.shape[2] for picture in pictures]
         self._select(state, 0)
@@ -188,7 +188,7 @@ class Sam3Processor:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"a text prompt is a phrase, got {prompt!r}")
         with self._inference():
-            state["backbone_out"].update(self.model.backbone.forward_text([prompt], device=self.device))
+            state["backbone_out"].update(self._encode_phrase(prompt))
 
     def _add_box(self, box: Sequence[float], label: bool, state: dict[str, Any]) -> None:
         cx, cy, width, height = _finite(box, 4, "box (centre x, centre y, width, height)")
@@ -215,11 +215,8 @@ class Sam3Processor:
     def _run(self, state: dict[str, Any]) -> dict[str, Any]:
         if "language_features" not in state["backbone_out"]:
             self._set_text(VISUAL_PROMPT, state)
-        find_input = FindStage.single(self.device, image=state["index"])
         with self._inference():
-            state["outputs"] = self.model.predict_boxes(
-                state["backbone_out"], find_input, state.get("geometric_prompt") or self.model._get_dummy_prompt()
-            )
+            state["outputs"] = self._predict_boxes(state)
         self._keep_objects(state)
         return state
 
@@ -245,7 +242,7 @@ class Sam3Processor:
         if not len(kept):
             return torch.zeros(0, 1, *size, device=self.device)
         with self._inference():
-            logits = self.model.predict_masks(outputs, kept[None])["pred_masks"][0, :, None]
+            logits = self._predict_masks(outputs, kept)
         return self.preprocess.maps_to_image(logits.float(), size).sigmoid_()
 
     @contextmanager
@@ -253,6 +250,27 @@ class Sam3Processor:
         dtype = self.autocast_dtype
         with torch.inference_mode(), nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype):
             yield
+
+    # What the kind of model decides: a processor of another kind overrides these, and gives tensors of these names. ---
+
+    def _encode_images(self, images: Tensor) -> dict[str, Any]:
+        """Normalised pictures (B, 3, S, S) -> `backbone_out`."""
+        return self.model.backbone.forward_image(images)
+
+    def _encode_phrase(self, prompt: str) -> dict[str, Any]:
+        """What `backbone_out` holds about a phrase, under names that begin with `language_`."""
+        return self.model.backbone.forward_text([prompt], device=self.device)
+
+    def _predict_boxes(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`pred_logits` (1, Q, 1), `presence_logit_dec` (1, 1), `pred_boxes_xyxy` (1, Q, 4) in 0..1 of the square for
+        the picture in use, and what `_predict_masks` reads."""
+        find_input = FindStage.single(self.device, image=state["index"])
+        geometric_prompt = state.get("geometric_prompt") or self.model._get_dummy_prompt()
+        return self.model.predict_boxes(state["backbone_out"], find_input, geometric_prompt)
+
+    def _predict_masks(self, outputs: dict[str, Any], kept: Tensor) -> Tensor:
+        """Logits (K, 1, h, w) of the queries `kept` (K,), over the square."""
+        return self.model.predict_masks(outputs, kept[None])["pred_masks"][0, :, None]
 
 
 def to_uint8_chw(image: Picture) -> Tensor:
