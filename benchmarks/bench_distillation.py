@@ -196,7 +196,8 @@ def plain_match(
         if resize_once:
             prepare = cache(prepare)
         costs = [[plain_cost(one, other, prepare).item() for other in theirs] for one in ours]
-        pairs.append(tuple(map(torch.from_numpy, linear_sum_assignment(costs))))
+        chosen = linear_sum_assignment(costs)
+        pairs.append(tuple(torch.from_numpy(rows).to(student["pred_masks"].device) for rows in chosen))
     return pairs
 
 

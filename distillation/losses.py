@@ -143,8 +143,8 @@ class MatchedPairs:
         share = torch.cat([ours.new_full((n,), 1 / max(1, n * pictures), dtype=torch.float32) for n in counts])
         if not score_weighting:
             return cls(ours, theirs, share, share)
-        scores = teacher["pred_logits"].detach().float().sigmoid() * teacher["presence_logits"].float().sigmoid()
-        parts = scores.flatten().index_select(0, theirs).split(counts)
+        query, presence = (teacher[name].detach().float().sigmoid() for name in ("pred_logits", "presence_logits"))
+        parts = (query * presence).flatten().index_select(0, theirs).split(counts)
         least = torch.finfo(torch.float32).tiny
         return cls(ours, theirs, share, torch.cat([part / part.sum().clamp(min=least) / pictures for part in parts]))
 

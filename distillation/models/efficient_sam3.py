@@ -223,7 +223,9 @@ class EfficientSAM3(nn.Module):
     # For training ---------------------------------------------------------------------------------------------------
 
     def enable_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Compute what is inside the layers of encoder and decoder again in the backward pass, rather than keep it."""
+        """Compute what is inside the blocks of RepViT, the adapters and the layers of encoder and decoder again in the
+        backward pass, rather than keep it."""
+        self.vision.activation_checkpointing = enable
         self.encoder.activation_checkpointing = enable
         self.decoder.activation_checkpointing = enable
 

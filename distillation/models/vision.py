@@ -12,6 +12,8 @@ import timm
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
+from sam3.backbones.recompute import run_blocks
+
 BACKBONE = "repvit_m2_3"
 NUM_LEVELS = 3  # of the backbone's four; the teacher leaves out its coarsest level as well
 
@@ -40,13 +42,15 @@ class VisionEncoder(nn.Module):
         self.backbone = timm.create_model(BACKBONE, pretrained=False, features_only=True, **sizes)
         self.adapters = nn.ModuleList(_adapter(c, dim, final_relu) for c in self.backbone.feature_info.channels())
         self.fused = False
+        self.activation_checkpointing = False
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        recompute = self.activation_checkpointing and self.training
         stem, *stages = self.backbone.values()
-        x, levels = stem(images), []
+        x, levels = run_blocks([stem], images, recompute), []
         for stage, adapter in zip(stages[:NUM_LEVELS], self.adapters, strict=False):
-            x = stage(x)
-            levels.append(adapter(x))
+            x = run_blocks([stage.downsample, *stage.blocks], x, recompute)
+            levels.append(run_blocks([adapter], x, recompute))
         return tuple(levels)
 
     def unused_modules(self) -> list[nn.Module]:
