@@ -3,7 +3,7 @@
     python benchmarks/bench_distillation.py --threads 1             # full size, about 2 GB
     python benchmarks/bench_distillation.py --preset tiny --at-least 0
 
---part losses: one picture of random outputs, 100 queries against 200, maps of 252 against 288, all eight losses forward
+One picture of random outputs, 100 queries against 200, maps of 252 against 288, all eight losses forward
 and backward, against the same formulas written down for one pair and called for each:
 
     per pair        every pair resizes its two masks, as the formula of the cost says
@@ -62,7 +62,6 @@ PRESETS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--part", choices=PARTS, default="losses", help="what to measure")
     parser.add_argument("--preset", choices=PRESETS, default="full", help="size of the outputs")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the fastest counts")
     parser.add_argument("--at-least", type=float, default=10.0, help="ratio below which the exit code is 1")
@@ -74,14 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     torch.set_num_threads(args.threads)
-    figures, code = PARTS[args.part](args)
+    figures, code = run_losses(args)
     if args.json:
-        options = {name: getattr(args, name) for name in ("part", "preset", "repeats", "threads")}
+        options = {name: getattr(args, name) for name in ("preset", "repeats", "threads")}
         write_json(args.json, {**options, "torch": torch.__version__, **figures})
     return code
-
-
-# Matching and losses --------------------------------------------------------------------------------------------------
 
 
 def run_losses(args: Namespace) -> tuple[dict[str, Any], int]:
@@ -274,9 +270,6 @@ def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 def _flat(outputs: dict[str, Any]) -> list[Any]:
     """All values, those of tuples one by one."""
     return [leaf for value in outputs.values() for leaf in (value if isinstance(value, tuple) else (value,))]
-
-
-PARTS = {"losses": run_losses}
 
 
 if __name__ == "__main__":

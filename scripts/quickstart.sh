@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a distilled model: installs into .venv, then runs Stage 1 and geometry fine-tuning on sample photos and
-# Stage 2 on sample videos with a tiny teacher, and ends with tables, pictures and a video. Needs Python 3.10 or newer; no
-# GPU, no network but pip's, no weights.
+# From nothing to a distilled model: installs into .venv, then runs Stage 1, geometry fine-tuning and the distillation of
+# the whole model on sample photos and Stage 2 on sample videos with a tiny teacher, and ends with tables, pictures and a
+# video. Needs Python 3.10 or newer; no GPU, no network but pip's, no weights.
 #
 #   bash scripts/quickstart.sh
 #
@@ -88,6 +88,15 @@ step "19. compare on held-out videos" "$PYTHON" stage2/evaluate_vos.py \
     --checkpoints "$TEACHER" "$OUT/efficient_sam3_memory.pt" "$OUT/efficient_sam3_full.pt" \
     --names teacher "memory" "student and memory" --data "$VIDEOS/sav_val" --output "$OUT/vos" --save-masks
 
+step "20. distil all of the teacher into a slim student" "$PYTHON" train_distill.py \
+    --config configs/distillation_tiny.yaml --phase all --data "$DATA" --teacher "$TEACHER" \
+    --output "$OUT/distillation" --opts log_dir="$OUT/distillation/logs"
+step "21. segment a photo with it" "$PYTHON" scripts/predict.py \
+    --checkpoint "$OUT/distillation/phase2/student_fp16.pt" --image "$(ls "$DATA"/images/val/*.jpg | head -n 1)" \
+    --text "objects in the image" --threshold 0 --top-k 5 --output "$OUT/distilled_prediction.png"
+step "22. the checks of this distillation" "$PYTHON" train_distill.py --verify \
+    --config configs/distillation_tiny.yaml --data "$DATA" --teacher "$TEACHER" --output "$OUT/verify"
+
 say "done in $SECONDS s"
 printf '%s' "$times"
 size() { du -sh "$1" | cut -f1; }
@@ -98,7 +107,8 @@ cat <<END
   merged models          $OUT/efficient_sam3_ev_s.pt ($(size "$OUT/efficient_sam3_ev_s.pt"))
                          $OUT/efficient_sam3_ev_s_geometry.pt (tuned behind boxes and points)
                          $OUT/efficient_sam3_full.pt (with the compressed memory)
+  slim student           $OUT/distillation/phase2/student_fp16.pt ($(size "$OUT/distillation/phase2/student_fp16.pt"))
   look at                $OUT/evaluation.png
-                         $OUT/prediction.png
+                         $OUT/prediction.png, $OUT/distilled_prediction.png
                          $OUT/tracked.gif and $OUT/vos/overlays
 END

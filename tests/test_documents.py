@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md")
 LISTS = ("docs/faults.md", "sam3_checkpoints/README.md")  # they name files, too
 PATH = re.compile(
-    r"(?<![\w/.-])(?:benchmarks|data|docs|sam3|scripts|stage1|stage1_geometry_finetune|stage2|tests)/[\w./-]*\w\.(?:md|py|sh|svg|txt|yaml)\b"
+    r"(?<![\w/.-])(?:(?:benchmarks|configs|data|distillation|docs|sam3|scripts|stage1|stage1_geometry_finetune|stage2|tests)/[\w./-]*|(?=train_distill))\w+\.(?:md|py|sh|svg|txt|yaml)\b"
 )
 KEY = re.compile(r"\b(?:AUG|DATA|DISTILL|MODEL|TRAIN)(?:\.[A-Z0-9_]+)+")
 SHARED = (
@@ -174,6 +174,18 @@ def test_counts_of_the_memory_are_those_of_the_modules():
         f"({whole:,} parameters)",
     ):
         assert row in text_of("README.md"), row
+
+
+def test_counts_of_the_slim_student_are_those_of_the_module():
+    from distillation.models.efficient_sam3 import EfficientSAM3, EfficientSAM3Config
+
+    with torch.device("meta"):
+        student = EfficientSAM3(EfficientSAM3Config.preset("full"))
+    for name, part in student.named_children():
+        if count := sum(p.numel() for p in part.parameters()):
+            assert f"| {name.replace('_', ' ')} | {count:,} |" in text_of("README.md"), name
+    total = sum(p.numel() for p in student.parameters())
+    assert f"| **all** | **{total:,}** | of which {student.freeze_unused():,} " in text_of("README.md")
 
 
 def test_python_examples_name_what_there_is():
