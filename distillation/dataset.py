@@ -37,7 +37,7 @@ TOKEN_NAMES = {
 # Prompts -> ids, integer (n, L), and the mask (n, L): for the teacher 1 = token, for the student True = padding.
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("sam3.distillation")
 
 
 class Outputs(Protocol):

@@ -89,6 +89,7 @@ def test_scripts_start_from_the_root_and_from_elsewhere(tmp_path: Path):
     for script in (
         *(f"stage1/{name}.py" for name in scripts),
         *(f"stage1_geometry_finetune/{name}.py" for name in geometry),
+        "train_distill.py",
     ):
         for folder in (ROOT, tmp_path):
             assert "usage" in run([sys.executable, str(ROOT / script), "--help"], folder)

@@ -14,7 +14,7 @@ from distillation.models.efficient_sam3 import EfficientSAM3, EfficientSAM3Confi
 from distillation.models.vision import BACKBONE
 from sam3.engine.weights import load_strict
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sam3.distillation")
 
 BACKBONE_WEIGHTS = f"{BACKBONE}.dist_300e_in1k"  # ImageNet-1k
 TEXT_MODEL, TEXT_WEIGHTS = "MobileCLIP-S1", "datacompdr"

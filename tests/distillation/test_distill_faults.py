@@ -13,7 +13,6 @@ import torch
 import train_distill
 from distillation.teachers.fake import FakeTeacher
 from sam3.engine import checkpoint
-from sam3.engine.files import free_bytes
 from tests.distillation.runs import PROGRAM, arguments, run
 from tests.samples import write_sa1b
 from tests.stage1.runs import assert_same_weights, finish, metrics, start
@@ -44,7 +43,7 @@ def test_weights_of_another_student_are_not_started_from(trained: Path, sa1b: Pa
         assert not list((tmp_path / "out").rglob("*.pth"))
 
 
-def test_the_newest_checkpoint_is_cut_off(trained: Path, sa1b: Path, tmp_path: Path, caplog):
+def test_the_newest_checkpoint_is_cut_off(trained: Path, sa1b: Path, tmp_path: Path):
     folder = shutil.copytree(trained, tmp_path / "phase1")
     newest = folder / "ckpt_epoch_0.pth"
     newest.write_bytes(newest.read_bytes()[:5000])
@@ -62,19 +61,12 @@ def test_an_exported_student_is_neither_resumed_nor_exported(trained: Path, sa1b
     assert not (tmp_path / "again.pt").exists()
 
 
-def test_a_checkpoint_of_another_stage(trained: Path, sa1b: Path, tmp_path: Path):
+def test_a_checkpoint_of_another_stage_is_not_resumed(trained: Path, sa1b: Path, tmp_path: Path):
     path = tmp_path / "stage1.pth"
     payload = torch.load(trained / "ckpt_epoch_0.pth", weights_only=True)
-    payload["meta"] = {"student": {"backbone": "repvit_m1_1"}}
-    torch.save(payload, path)
-    with pytest.raises(ValueError, match="which phase 1 cannot go on from"):
+    torch.save({**payload, "meta": {"backbone": "repvit_m1_1"}}, path)
+    with pytest.raises(ValueError, match="of phase None, which phase 1 cannot go on from"):
         run(sa1b, tmp_path / "out", "--resume", str(path))
-    with pytest.raises(ValueError, match="sizes of the student are not those of this version"):
-        train_distill.main(["--export", str(tmp_path / "out.pt"), "--init", str(path)])
-    payload["meta"] = {}
-    torch.save(payload, path)
-    with pytest.raises(ValueError):
-        train_distill.main(["--export", str(tmp_path / "out.pt"), "--init", str(path)])
 
 
 def test_nothing_to_go_on_from(sa1b: Path, tmp_path: Path):
@@ -152,7 +144,6 @@ def test_an_output_that_cannot_be_written(sa1b: Path, tmp_path: Path):
 
 
 def test_too_little_space_is_noticed_in_a_dry_run(sa1b: Path, tmp_path: Path, monkeypatch):
-    assert free_bytes(tmp_path) > 1e6
     monkeypatch.setattr("sam3.engine.files.free_bytes", lambda path: 1000)
     with pytest.raises(OSError, match=r"an output of \d+ checkpoints needs .* only 1\.00 kB are free"):
         run(sa1b, tmp_path / "out", "--dry-run")

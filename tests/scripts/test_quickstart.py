@@ -23,12 +23,14 @@ def test_quickstart_ends_with_a_table_and_pictures(tmp_path: Path):
         env={**os.environ, "OUT": str(output), "EPOCHS": "4", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ES-EV-S, untrained" in done.stdout and "6. train a student" in done.stdout
     assert Image.open(output / "evaluation.png").width == 5 * 320  # photo, teacher, student before, after, tuned
     assert Image.open(output / "prediction.png").format == "PNG"
+    assert "11 of 11 checks passed" in done.stdout
+    assert Image.open(output / "distilled_prediction.png").format == "PNG"
     _, before, after, tuned = json.loads((output / "evaluation.json").read_text())["models"]
     assert after["cosine"] > before["cosine"] + 0.2
     assert tuned["cosine"] > before["cosine"] + 0.2
