@@ -13,6 +13,7 @@ defaults < --config file < --opts < flags.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,7 +91,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--export", metavar="FILE", help="write the checkpoint --init as FILE (.pt, .safetensors), fp16")
     mode.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     add("--config", metavar="FILE", help="settings, YAML or JSON")
-    add("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="settings, see distillation/config.py")
+    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="see distillation/config.py")
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -99,12 +100,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program where flags do not go together."""
     if args.phase == "all":
-        for name in ("epochs", "lr", "warmup", "validate", "resume", "init", "dry_run"):
-            if getattr(args, name) and (name, args.resume) != ("resume", "auto"):
+        for name in ("epochs", "lr", "warmup", "max_steps", "validate", "resume", "init", "dry_run", "debug"):
+            given = getattr(args, name) != parser.get_default(name)
+            if given and (name, args.resume) != ("resume", "auto"):
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"{flag} is for one phase; give --phase 1 or 2, or --opts phase1_... phase2_...")
     if args.resume and args.init:
         parser.error("--resume goes on with a run and --init starts one; give one of them")
+    if args.debug and (args.resume or args.max_steps):
+        parser.error(f"--debug begins anew and makes {DEBUG_STEPS} steps; leave --resume and --max-steps out")
     if args.export and not args.init:
         parser.error("--export needs the checkpoint as --init PATH")
     if args.max_steps < 0:
@@ -120,7 +124,7 @@ def load_config(args: argparse.Namespace) -> DistillationConfig:
     if args.no_grad_ckpt:
         given["gradient_checkpointing"] = False
     if args.debug:
-        given |= {"grad_accum_steps": 2, "log_every_steps": 1, "tensorboard": False, "keep_last": 0}
+        given = {"grad_accum_steps": 2, "log_every_steps": 1, "tensorboard": False, "keep_last": 0} | given
     return settings.load_config(args.config, args.opts, **given)
 
 
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verify:
         return verify(config)
     if args.export:
-        return export_checkpoint(config, args.init, Path(args.export))
+        return export_checkpoint(args.init, Path(args.export))
     with distributed.start(config.device) as world:
         seed_everything(config.seed + world.rank)
         if args.write_cache:
@@ -142,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for phase in phases:
             if code := run_phase(args, config, phase, world, sys.argv[1:] if argv is None else argv):
                 return code
+            gc.collect()  # the parts of a trainer know each other; the next one brings a teacher of its own
     return 0
 
 

@@ -30,6 +30,7 @@ KIND = "teacher outputs"
 OUTPUTS = ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg")
 PROMPT_INDEX = 0  # outputs are those for the first prompt, the one that validation asks too
 NUM_NAMED = 10  # missing pictures that a message names
+SKIPPED_FILE = "skipped.txt"  # beside a cache: a line for each picture that could not be read, its key first
 
 
 class OutputCache:
@@ -120,8 +121,14 @@ def open_output_cache(config: DistillationConfig, teacher_meta: Mapping[str, Any
 
 
 def require_cached(cache: EmbeddingReader | OutputCache, keys: Sequence[str]) -> None:
-    """ValueError naming pictures that the cache lacks, their number, and the command that writes them."""
-    if missing := cache.missing(keys):
+    """ValueError naming pictures that the cache lacks, their number, and the command that writes them.
+
+    Those that its writer could not read may be missing: a run cannot read them either, and shows the next ones.
+    """
+    path = Path(cache.folder, SKIPPED_FILE)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    unreadable = {line.partition("\t")[0] for line in lines}
+    if missing := [key for key in cache.missing(keys) if key not in unreadable]:
         raise ValueError(
             f"the cache {cache.folder} lacks {len(missing)} of {len(keys)} pictures: {list_names(missing, NUM_NAMED)}; "
             f"write them with {cache.write_command}"

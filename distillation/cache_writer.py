@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distillation.batch import DistillBatch
-from distillation.cache import PROMPT_INDEX, output_meta, output_path, require_queries, trunk_meta
+from distillation.cache import PROMPT_INDEX, SKIPPED_FILE, output_meta, output_path, require_queries, trunk_meta
 from distillation.config import DistillationConfig
 from distillation.dataset import SA1BDistillDataset
 from distillation.teachers.teacher import Teacher
@@ -291,7 +291,7 @@ def _report_plan(kind: str, sink: Sink, count: int, todo: int) -> None:
 def _finish(folder: Path, count: int, skipped: list[tuple[str, str]], world: World) -> int:
     """List what could not be read, and say what is there."""
     everything = sorted({entry for part in distributed.gather_objects(skipped) for entry in part})
-    path = folder / "skipped.txt"
+    path = folder / SKIPPED_FILE
     if world.is_main and everything:
         write_text(path, "".join(f"{key}\t{reason}\n" for key, reason in everything))
         logger.warning(

@@ -152,12 +152,7 @@ class DistillationConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> DistillationConfig:
         """ValueError for unknown keys, with the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f", did you mean {near[0]}?" if near else "; see distillation/config.py"
-                raise ValueError(f"{source} has the unknown key {key!r}{hint}")
+        _check_keys(values, source)
         return cls(**values)
 
     # Derived ----------------------------------------------------------------------------------------------------------
@@ -240,14 +235,26 @@ def load_config(path: str | Path | None, opts: Sequence[str] = (), **flags: Any)
     values: dict[str, Any] = {}
     if path is not None:
         values |= _read_file(Path(path))
-        DistillationConfig.from_dict(values, str(path))
+        _check_keys(values, str(path))  # its values may need what later sources say
     for pair in opts:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--opts takes key=value, got {pair!r}")
-        values[key] = yaml.safe_load(text) if text else ""
+        try:
+            values[key] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ValueError(f"--opts {pair!r} is not valid YAML: {' '.join(str(error).split())}") from error
     values |= {key: value for key, value in flags.items() if value is not None}
     return DistillationConfig.from_dict(values, "--opts" if opts else "the command line")
+
+
+def _check_keys(values: Mapping[str, Any], source: str) -> None:
+    known = [field.name for field in dataclasses.fields(DistillationConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {near[0]}?" if near else "; see distillation/config.py"
+            raise ValueError(f"{source} has the unknown key {key!r}{hint}")
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def run_keys(
     c.TRAIN.ACCUMULATION_STEPS = config.grad_accum_steps
     c.TRAIN.AUTO_RESUME = False
     c.TRAIN.MAX_BAD_STEPS = MAX_BAD_OUTPUTS
+    c.TRAIN.FIND_UNUSED_PARAMETERS = not all(config.loss_weights.values())  # a term left out may have a head of its own
     c.AMP_ENABLE = config.student_precision != "fp32" and device.type != "cpu"
     c.AMP_DTYPE = "bf16" if config.student_precision == "amp_bf16" else "fp16"
     c.DEVICE, c.OUTPUT, c.SEED = config.device, str(output), config.seed

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from distillation.cache_writer import write_cache
 from distillation.config import FEATURE_LOSSES, DistillationConfig, Phase
 from distillation.dataset import SA1BDistillDataset
-from distillation.export import export_student
+from distillation.export import KIND, export_student
 from distillation.hungarian import HungarianMatcher
 from distillation.listing import scan_sa1b
 from distillation.losses import DistillationLoss
@@ -29,7 +29,7 @@ from distillation.sources import Sources, open_sources
 from distillation.teachers.build import build_teacher
 from distillation.teachers.teacher import Teacher
 from distillation.validation import Validator
-from sam3.engine import amp, checkpoint, weights
+from sam3.engine import amp, checkpoint, distributed, weights
 from sam3.engine.distributed import World
 from sam3.engine.files import human_bytes
 from sam3.engine.loader import PictureLoader, loader_from_config, once_sampler
@@ -87,8 +87,9 @@ class DistillationTrainer:
         code = self.run.train(argv)
         if self.saves and self.world.is_main:
             path = self.output / EXPORT
-            export_student(self.student, path, export_meta(self.config, self.meta()))
+            export_student(self.student, path, export_meta(self.config.prompts, self.meta()))
             logger.info(f"exported {path}; try it with python scripts/predict.py --checkpoint {path}")
+        distributed.barrier()  # the next phase looks for what the main process has just written
         return code
 
     def validate(self) -> int:
@@ -96,6 +97,7 @@ class DistillationTrainer:
         path = self.resume or self.init or checkpoint.newest(self.output)
         if not path:
             raise ValueError(f"no checkpoint in {self.output} to validate; pass one with --resume or --init")
+        self.init = str(path)  # so that nobody looks for a phase to start from
         load_weights(self.student, path)
         self.distiller.eval()
         with torch.no_grad():
@@ -221,7 +223,7 @@ class DistillationTrainer:
         if not resume:
             return None
         path = checkpoint.resume_path(self.output, resume, auto_resume=False)
-        phase = checkpoint.load(path)["meta"].get("phase")
+        phase = load_checkpoint(path)["meta"].get("phase")
         if phase != self.phase.number:
             raise ValueError(
                 f"{path} is a checkpoint of phase {phase}, which phase {self.phase.number} cannot go on from; "
@@ -240,7 +242,7 @@ class DistillationTrainer:
 
     def _refuse_to_mix(self) -> None:
         """A folder that holds a run is resumed or left alone."""
-        if self.saves and not self.resume and checkpoint.listed(self.output):
+        if not self.resume and checkpoint.listed(self.output):
             raise ValueError(
                 f"{self.output} holds a run; go on with it by --resume auto, or choose another folder with --output"
             )
@@ -315,19 +317,32 @@ def write_teacher_cache(config: DistillationConfig, kind: str, world: World) -> 
     return write_cache(kind, config, teacher, dataset, world, min_queries=queries, num_workers=workers)
 
 
-def export_checkpoint(config: DistillationConfig, source: str, target: Path) -> int:
+def export_checkpoint(source: str, target: Path) -> int:
     """Write a training checkpoint's student as a file for inference, in half precision. Returns the exit code."""
-    payload = checkpoint.load(source)
+    payload = load_checkpoint(source)
     student = EfficientSAM3(EfficientSAM3Config.from_meta(payload["meta"]["student"]))
     load_weights(student, source)
-    export_student(student, target, export_meta(config, payload["meta"]))
+    export_student(student, target, export_meta(payload["config"]["prompts"], payload["meta"]))
     print(f"{target}: {human_bytes(target.stat().st_size)}")
     return 0
 
 
-def export_meta(config: DistillationConfig, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What an exported file states beside its sizes. meta: of the checkpoint."""
-    return {"phase": meta["phase"], "prompts": list(config.prompts), "teacher": meta["teacher"]}
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Contents of a checkpoint of this training; ValueError for a file of another kind."""
+    if Path(path).is_file() and weights.load_weights(path).meta.get("kind") == KIND:
+        raise ValueError(f"{path} is an exported student, not a checkpoint; training starts from it with --init {path}")
+    payload = checkpoint.load(path)
+    if not {"phase", "student", "teacher"} <= payload["meta"].keys():
+        raise ValueError(
+            f"{path} is a checkpoint of another training (its meta has {', '.join(payload['meta']) or 'nothing'}); "
+            "wanted one that train_distill.py wrote"
+        )
+    return payload
+
+
+def export_meta(prompts: Sequence[str], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported file states beside its sizes. prompts: those it was taught; meta: of the checkpoint."""
+    return {"phase": meta["phase"], "prompts": list(prompts), "teacher": meta["teacher"]}
 
 
 def load_weights(student: EfficientSAM3, path: str | Path) -> None:

@@ -188,6 +188,9 @@ def test_pictures_that_cannot_be_read_are_listed(config: DistillationConfig, tmp
     assert write("outputs", config) == 1
     assert opened(config).missing([f"sa_{i}" for i in range(1, 6)]) == ["sa_2"]
     assert (Path(config.cache_dir) / "skipped.txt").read_text().startswith("sa_2\tpicture ")
+    require_cached(opened(config), ["sa_1", "sa_2"])
+    with pytest.raises(ValueError, match="lacks 1 of 3 pictures: sa_99;"):
+        require_cached(opened(config), ["sa_1", "sa_2", "sa_99"])
     assert write("trunk", replace(config, cache_dir=f"{config.cache_dir}_trunk")) == 1
     report = verify_store(f"{config.cache_dir}_trunk", [f"sa_{i}" for i in (1, 3, 4, 5)], shape=(32, 8, 8))
     assert report.ok, str(report)  # also: the picture that would have stood in for it is there once

@@ -44,6 +44,14 @@ def test_later_sources_win(tmp_path: Path):
     assert load_config(None, ["num_train=null"]).num_train is None
 
 
+def test_a_file_may_leave_to_later_sources_what_its_values_need(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("teacher_mode: trunk_cache\n")
+    assert load_config(path, cache_dir="cache").cache_dir == "cache"
+    with pytest.raises(ValueError, match=r"trunk_cache needs cache_dir \(--cache-dir\)"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("distillation*.yaml")))
 def test_shipped_files_load(name: str):
     assert load_config(CONFIGS / name)
@@ -55,6 +63,7 @@ def test_shipped_files_load(name: str):
         (["mask_los_weight=1"], ["mask_los_weight", "mask_loss_weight"]),
         (["nonsense=1"], ["nonsense", "distillation/config.py"]),
         (["batch_size"], ["key=value", "batch_size"]),
+        (["prompts=[a"], ["--opts", "prompts=[a", "YAML"]),
         (["batch_size=0"], ["batch_size", "at least 1", "0"]),
         (["batch_size=1.5"], ["batch_size", "1.5", "int"]),
         (["phase1_lr=nan"], ["phase1_lr", "nan"]),

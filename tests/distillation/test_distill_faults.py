@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +38,10 @@ def test_weights_of_another_student_are_not_started_from(trained: Path, sa1b: Pa
     payload = torch.load(trained / "ckpt_epoch_0.pth", weights_only=True)
     payload["model"]["decoder.query_embed.weight"] = torch.zeros(7, 64)
     torch.save(payload, path)
-    for init, message in ((path, r"other\.pth.*decoder\.query_embed\.weight"), (teacher_file, r"sam3_tiny\.pt")):
+    for init, message in (
+        (path, r"other\.pth does not fit .* decoder\.query_embed\.weight \(7, 64\) instead of \(10, 64\)"),
+        (teacher_file, r"sam3_tiny\.pt does not fit .* missing: .* unexpected: "),
+    ):
         with pytest.raises(ValueError, match=message) as caught:
             run(sa1b, tmp_path / "out", "--init", str(init))
         assert "\n" not in str(caught.value)
@@ -74,6 +79,14 @@ def test_nothing_to_go_on_from(sa1b: Path, tmp_path: Path):
         run(sa1b, tmp_path, "--resume", "auto")
     with pytest.raises(ValueError, match=r"no checkpoint in .*phase1 to validate; pass one with --resume or --init"):
         run(sa1b, tmp_path, "--validate")
+
+
+def test_transformers_that_does_not_know_sam3(sa1b: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.40.0"))
+    with pytest.raises(
+        ValueError, match=r"transformers 4\.40\.0 is too old for Sam3Model; pip install -U transformers"
+    ):
+        run(sa1b, tmp_path / "out", "--teacher", str(tmp_path), teacher_backend="hf")
 
 
 # Caches ---------------------------------------------------------------------------------------------------------------
@@ -139,7 +152,7 @@ def test_an_unreadable_picture_is_replaced_and_logged(tmp_path: Path):
 
 def test_an_output_that_cannot_be_written(sa1b: Path, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match=r"file/phase1"):
         run(sa1b, tmp_path / "file")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ import torch
 import train_distill
 from distillation.config import LOSSES, DistillationConfig, load_config
 from distillation.export import load_student, read_student_meta
+from distillation.teachers.build import build_teacher
+from distillation.trainer import EXPORT
 from tests.distillation.runs import PROGRAM, SMALL, arguments, run
 from tests.samples import write_sa1b
 from tests.stage1.runs import assert_same_weights, finish, metrics, model_of, start
@@ -89,6 +94,15 @@ def test_a_checkpoint_can_be_exported_later(trained: Path, tmp_path: Path, capsy
     assert str(target) in capsys.readouterr().out and load_student(target, "cpu")
 
 
+def test_a_later_export_names_the_prompts_that_were_taught(sa1b: Path, tmp_path: Path):
+    assert run(sa1b, tmp_path, "--max-steps", "1", prompts="[cats]") == 0
+    checkpoint, target = tmp_path / "phase1/ckpt_epoch_0_step_1.pth", tmp_path / "student.pt"
+    assert train_distill.main(["--export", str(target), "--init", str(checkpoint)]) == 0
+    assert (
+        read_student_meta(target)["prompts"] == read_student_meta(tmp_path / "phase1" / EXPORT)["prompts"] == ["cats"]
+    )
+
+
 def test_the_loss_falls_over_one_epoch(tmp_path: Path):
     write_sa1b(tmp_path / "data", num_train=16, num_val=3)
     assert run(tmp_path / "data", tmp_path / "out", grad_accum_steps=1, save_every_steps=0) == 0
@@ -155,6 +169,34 @@ def test_two_processes_train_as_one_on_the_joined_batch(sa1b: Path, tmp_path: Pa
         assert torch.allclose(tensor.float(), second[key].float(), rtol=1e-3, atol=3e-4), key
 
 
+@pytest.mark.slow
+def test_two_processes_go_through_both_phases(sa1b: Path, tmp_path: Path):
+    """With one checkpoint to hand over, a term without any gradient, and a validation for one process only."""
+    settings = {"save_every_steps": 0, "presence_loss_weight": 0, "num_val": 1}
+    code, text = finish(start(PROGRAM, arguments(sa1b, tmp_path, "--phase", "all", **settings), processes=2))
+    assert code == 0, text
+    for phase in ("phase1", "phase2"):
+        assert (tmp_path / phase / "ckpt_epoch_0.pth").is_file() and (tmp_path / phase / EXPORT).is_file()
+
+
+def test_the_teacher_of_a_finished_phase_is_gone(sa1b: Path, tmp_path: Path, monkeypatch):
+    built, alive = [], []
+
+    def build(*arguments, **settings):
+        alive.append(sum(reference() is not None for reference in built))
+        teacher = build_teacher(*arguments, **settings)
+        built.append(weakref.ref(teacher))
+        return teacher
+
+    monkeypatch.setattr("distillation.trainer.build_teacher", build)
+    gc.disable()
+    try:
+        assert run(sa1b, tmp_path, "--phase", "all", save_every_steps=0) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
+
+
 # Other things to do ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +205,12 @@ def test_validation_prints_a_table(trained: Path, sa1b: Path, capsys):
     out = capsys.readouterr().out
     value = metrics(trained / "phase2", "val/total_loss")[-1]
     assert f"val/total_loss             {value:.5g}" in out and "ckpt_epoch_0.pth" in out
+
+
+def test_the_second_phase_is_validated_without_the_first(trained: Path, sa1b: Path, tmp_path: Path, capsys):
+    shutil.copytree(trained / "phase2", tmp_path / "phase2")
+    assert run(sa1b, tmp_path, "--validate", "--phase", "2") == 0
+    assert "val/total_loss" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(sa1b: Path, tmp_path: Path, capsys):
@@ -177,6 +225,21 @@ def test_debug_keeps_no_checkpoints(tmp_path: Path):
     assert run(tmp_path / "data", tmp_path / "out", "--debug") == 0
     assert len(metrics(tmp_path / "out/phase1", "train/total_loss")) == 10
     assert not list((tmp_path / "out").rglob("*.pt*"))
+
+
+def test_debug_leaves_a_run_alone(trained: Path, sa1b: Path):
+    before = (trained / "phase1/metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"holds a run; .* choose another folder with --output"):
+        run(sa1b, trained, "--debug")
+    assert (trained / "phase1/metrics.jsonl").read_text() == before
+
+
+def test_debug_gives_way_to_flags():
+    accumulation = [
+        train_distill.load_config(train_distill.parse_args(["--debug", *flags])).grad_accum_steps
+        for flags in ([], ["--grad-accum", "3"])
+    ]
+    assert accumulation == [2, 3]
 
 
 def test_memory_over_budget_fails_if_that_is_asked_for(sa1b: Path, tmp_path: Path, capsys):
@@ -218,6 +281,24 @@ def test_a_checkpoint_of_the_other_phase_is_not_resumed(trained: Path, sa1b: Pat
         run(sa1b, tmp_path, "--phase", "2", "--resume", str(path))
 
 
+def test_other_files_are_not_taken_for_checkpoints(trained: Path, sa1b: Path, tmp_path: Path):
+    exported = trained / "phase1/student_fp16.pt"
+    with pytest.raises(ValueError, match=r"is an exported student, not a checkpoint; training starts .* --init"):
+        run(sa1b, tmp_path, "--resume", str(exported))
+    with pytest.raises(ValueError, match="is an exported student"):
+        train_distill.main(["--export", str(tmp_path / "x.pt"), "--init", str(exported)])
+    payload = torch.load(trained / "phase1/ckpt_epoch_0.pth", weights_only=True)
+    torch.save({**payload, "meta": {"backbone": "repvit_m1_1"}}, tmp_path / "stage1.pth")
+    with pytest.raises(ValueError, match=r"stage1\.pth is a checkpoint of another training \(its meta has backbone\)"):
+        train_distill.main(["--export", str(tmp_path / "x.pt"), "--init", str(tmp_path / "stage1.pth")])
+
+
+def test_an_exported_student_may_be_trained_on(trained: Path, sa1b: Path, tmp_path: Path):
+    start = str(trained / "phase1/student_fp16.pt")
+    assert run(sa1b, tmp_path, "--phase", "2", "--init", start, "--max-steps", "1") == 0
+    assert f"start        {start}" in (tmp_path / "phase2/log_rank0.txt").read_text()
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed(trained: Path, sa1b: Path):
     with pytest.raises(ValueError, match=r"belongs to another run: .*prompts is .*leave --resume out"):
         run(sa1b, trained, "--resume", "auto", prompts="[other]")
@@ -253,7 +334,12 @@ def test_a_student_of_another_width_than_the_teacher(sa1b: Path, tmp_path: Path)
     [
         ["--phase", "3"],
         ["--phase", "all", "--epochs", "2"],
+        ["--phase", "all", "--warmup", "0"],
+        ["--phase", "all", "--max-steps", "2"],
+        ["--phase", "all", "--debug"],
         ["--phase", "all", "--resume", "x.pth"],
+        ["--debug", "--resume", "auto"],
+        ["--debug", "--max-steps", "3"],
         ["--resume", "auto", "--init", "x.pth"],
         ["--export", "x.pt"],
         ["--max-steps", "-1"],
@@ -265,6 +351,11 @@ def test_flags_that_do_not_go_together_end_with_2(flags: list[str]):
     with pytest.raises(SystemExit) as stop:
         train_distill.main(flags)
     assert stop.value.code == 2
+
+
+def test_settings_may_be_given_in_several_places():
+    config = train_distill.load_config(train_distill.parse_args(["--opts", "seed=3", "--opts", "num_val=5"]))
+    assert (config.seed, config.num_val) == (3, 5)
 
 
 def test_help_names_every_flag_with_its_default(capsys):
