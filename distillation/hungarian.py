@@ -31,7 +31,7 @@ class Matches:
     """pairs: of each picture student and teacher queries, two long `(M,)`, the student's ascending, none twice.
 
     iou: scalar on the outputs' device, mean soft IoU of all matched pairs in 0..1, 0 without any.
-    finite: whether everything the teacher said, features included, and all costs are finite numbers.
+    finite: whether everything both said, features included, and all costs are finite numbers.
     """
 
     pairs: list[Pair]
@@ -90,7 +90,7 @@ class HungarianMatcher:
             scores = teacher["pred_logits"].float().sigmoid()  # (B, Nt)
             costs = self._costs(iou, scores, student, teacher)
             # A sum is finite only if all its parts are, and costs one pass and no memory.
-            total = sum(part.sum(dtype=torch.float32) for part in _said(teacher))
+            total = sum(part.sum(dtype=torch.float32) for side in (student, teacher) for part in _said(side))
         host = torch.cat((costs.flatten(), scores.flatten(), total.view(1))).cpu().numpy()  # the only wait
         host_costs, host_scores, _ = np.split(host, (costs.numel(), costs.numel() + scores.numel()))
         host_costs = host_costs.reshape(costs.shape).astype(np.float64)
@@ -151,12 +151,12 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _said(teacher: Mapping[str, Any]) -> list[Tensor]:
-    """All that a student is to learn from."""
-    parts = [teacher[name] for name in OUTPUTS]
-    parts += teacher.get("fpn_features") or ()
-    if teacher.get("encoder_output") is not None:
-        parts.append(teacher["encoder_output"])
+def _said(outputs: Mapping[str, Any]) -> list[Tensor]:
+    """All there is that is compared."""
+    parts = [outputs[name] for name in OUTPUTS if name in outputs]
+    parts += outputs.get("fpn_features") or ()
+    if outputs.get("encoder_output") is not None:
+        parts.append(outputs["encoder_output"])
     return parts
 
 

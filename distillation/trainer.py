@@ -241,11 +241,18 @@ class DistillationTrainer:
         return path
 
     def _refuse_to_mix(self) -> None:
-        """A folder that holds a run is resumed or left alone."""
+        """A folder that holds a run is resumed from its end or left alone."""
         if not self.resume and checkpoint.listed(self.output):
             raise ValueError(
                 f"{self.output} holds a run; go on with it by --resume auto, or choose another folder with --output"
             )
+        if self.resume and (newest := checkpoint.newest(self.output)):
+            there, here = (checkpoint.load(path)["step"] for path in (newest, self.resume))
+            if there > here:  # they would win over all that is still to be written
+                raise ValueError(
+                    f"{self.output} holds {newest.name}, of step {there}, and {self.resume} is of step {here}; go on "
+                    "with the former by --resume auto, or from the latter in another folder with --output"
+                )
 
     def _start(self) -> None:
         """Give the student the weights that training begins with."""

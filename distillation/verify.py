@@ -22,6 +22,7 @@ from torch import Tensor
 from distillation.config import FEATURE_LOSSES, LOSSES, DistillationConfig
 from distillation.export import export_student
 from distillation.hungarian import HungarianMatcher
+from distillation.listing import PICTURE_NAME
 from distillation.losses import DistillationLoss
 from distillation.memory import over_budget, peak_gb, pressure_level
 from distillation.model import Distiller
@@ -129,7 +130,7 @@ class Verification:
         train, val = self.first.sources.train, self.first.sources.val
         keys = [*train.keys(), *val.keys()]
         require(len(set(keys)) == len(keys), "a picture is in both splits")
-        numbers = [int("".join(filter(str.isdigit, key.split("_")[1]))) for key in keys]
+        numbers = [int(PICTURE_NAME.fullmatch(f"{key}.jpg")[2]) for key in keys]
         require(numbers == sorted(numbers), "pictures are not in the order of their numbers")
         wanted = min(self.config.num_val, self.config.val_max_images or self.config.num_val)
         require(len(val) == wanted, f"{len(val)} validation pictures, wanted {wanted}")

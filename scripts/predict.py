@@ -30,6 +30,7 @@ from distillation.models.efficient_sam3 import EfficientSAM3
 from distillation.processor import StudentProcessor
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import atomic_path, write_json
+from sam3.engine.weights import load_weights
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3.model_builder import build_sam3_image_model
@@ -136,6 +137,11 @@ def build_processor(args: argparse.Namespace) -> Sam3Processor:
     }
     if is_student_file(args.checkpoint):
         return StudentProcessor(build_distilled_student(args), **options)
+    if {"phase", "student"} <= load_weights(args.checkpoint).meta.keys():
+        raise ValueError(
+            f"{args.checkpoint} is a training checkpoint of a distilled student; make a file for inference of it with "
+            f"python train_distill.py --export student.safetensors --init {args.checkpoint}"
+        )
     model = build_sam3_image_model(
         checkpoint_path=args.checkpoint,
         device=args.device,

@@ -197,9 +197,11 @@ def test_a_batch_is_matched_picture_by_picture():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", [*list(outputs(1, 1))[:5], "fpn_features", "encoder_output"])
-def test_what_the_teacher_says_must_be_finite(name, value):
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_what_both_say_must_be_finite(who, name, value):
     student, teacher = outputs(2, 4), outputs(2, 6, seed=1)
-    damaged = teacher[name][-1] if name == "fpn_features" else teacher[name]
+    side = {"student": student, "teacher": teacher}[who]
+    damaged = side[name][-1] if name == "fpn_features" else side[name]
     damaged.view(-1)[-1] = value
     matches = HungarianMatcher(mask_size=8).match(student, teacher)
     assert matches.finite is False

@@ -299,6 +299,16 @@ def test_an_exported_student_may_be_trained_on(trained: Path, sa1b: Path, tmp_pa
     assert f"start        {start}" in (tmp_path / "phase2/log_rank0.txt").read_text()
 
 
+def test_an_older_checkpoint_is_not_resumed_among_newer_ones(trained: Path, sa1b: Path, tmp_path: Path):
+    """What it goes on to write would be pruned, and `--resume auto` would take the newer ones."""
+    shutil.copytree(trained / "phase1", tmp_path / "phase1")
+    path = tmp_path / "phase1/ckpt_epoch_0_step_2.pth"
+    with pytest.raises(ValueError, match=r"holds ckpt_epoch_0\.pth, of step 4, .*step_2\.pth .* step 2; .*--output"):
+        run(sa1b, tmp_path, "--resume", str(path))
+    assert run(sa1b, tmp_path / "other", "--resume", str(path)) == 0
+    assert_same_weights(trained / "phase1/ckpt_epoch_0.pth", tmp_path / "other/phase1/ckpt_epoch_0.pth")
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed(trained: Path, sa1b: Path):
     with pytest.raises(ValueError, match=r"belongs to another run: .*prompts is .*leave --resume out"):
         run(sa1b, trained, "--resume", "auto", prompts="[other]")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -100,6 +101,16 @@ def test_damaged_files_are_refused(checkpoint, photo, tmp_path):
     cut.write_bytes(checkpoint.read_bytes()[:10_000])
     with pytest.raises(ValueError, match=r"cut\."):
         run(cut, photo, "--text", "car")
+
+
+def test_a_training_checkpoint_is_to_be_exported_first(photo, tmp_path):
+    student = tiny_student()
+    payload = {"model": student.state_dict(), "meta": {"phase": 1, "student": student.config.to_meta()}}
+    torch.save(payload, tmp_path / "ckpt_best.pth")
+    with pytest.raises(
+        ValueError, match=r"a training checkpoint .* train_distill\.py --export .* --init .*best\.pth"
+    ):
+        run(tmp_path / "ckpt_best.pth", photo, "--text", "car")
 
 
 @pytest.mark.slow
