@@ -72,7 +72,7 @@ class NativeTeacher(Teacher):
 def describe_native(config: DistillationConfig) -> dict[str, Any]:
     """The meta of the teacher that `config` names; all processes of a run must call it. Raises what it raises."""
     path = Path(config.teacher)
-    digest = teacher_meta(path, "teacher_model_name (--teacher)")
+    digest = teacher_meta(path, "--teacher (with --teacher-backend hf, a name at the hub)")
     sizes = read_sizes(path, config.image_size)
     return {"backend": "native", **digest, "trunk_shape": [sizes.vit_dim, sizes.grid, sizes.grid]}
 

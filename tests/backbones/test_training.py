@@ -66,6 +66,19 @@ def test_recomputation_changes_neither_gradients_nor_statistics(name: str) -> No
     assert not recomputed.backbone.model.grad_checkpointing
 
 
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_a_recomputed_graph_may_go_backward_twice(name: str) -> None:
+    student = filled(name, embed_dim=8, embed_size=4).train()
+    student.set_grad_checkpointing(True)
+    loss = student(pictures(2)).square().mean()
+    for _ in range(2):
+        student.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=True)
+        gradients = [parameter.grad for parameter in student.parameters()]
+        assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+    assert student.head[1].num_batches_tracked == 1
+
+
 @pytest.fixture
 def one_process_group(tmp_path: Path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

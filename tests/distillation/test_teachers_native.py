@@ -134,7 +134,7 @@ def test_what_cannot_teach_is_refused(config, teacher_file, tmp_path):
     def build(path: Path, size: int = 224) -> None:
         build_teacher(DistillationConfig(teacher_model_name=str(path), image_size=size), "cpu")
 
-    with pytest.raises(FileNotFoundError, match=r"no teacher checkpoint .*gone\.pt; .* teacher_model_name"):
+    with pytest.raises(FileNotFoundError, match=r"no teacher checkpoint .*gone\.pt; .* --teacher-backend hf"):
         build(tmp_path / "gone.pt")
     with pytest.raises(ValueError, match=r"made for pictures of 224 px, but image_size is 1008; set image_size 224"):
         build(teacher_file, 1008)

@@ -107,9 +107,7 @@ def test_a_training_checkpoint_is_to_be_exported_first(photo, tmp_path):
     student = tiny_student()
     payload = {"model": student.state_dict(), "meta": {"phase": 1, "student": student.config.to_meta()}}
     torch.save(payload, tmp_path / "ckpt_best.pth")
-    with pytest.raises(
-        ValueError, match=r"a training checkpoint .* train_distill\.py --export .* --init .*best\.pth"
-    ):
+    with pytest.raises(ValueError, match=r"a training checkpoint .* train_distill\.py --export .* --init .*best\.pth"):
         run(tmp_path / "ckpt_best.pth", photo, "--text", "car")
 
 
