@@ -196,12 +196,15 @@ def test_another_data_set_is_refused_in_mid_epoch(tmp_path):
         toy_train.run(tmp_path, CPU, epochs=1, num_samples=36, resume=checkpoint.newest(tmp_path))
 
 
-def test_another_batch_size_on_resume_keeps_the_schedule_in_place(tmp_path):
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 25}])
+def test_another_batch_size_on_resume_keeps_the_schedule_in_place(tmp_path, limit):
     """12 of 32 samples of the second epoch are used; with batch 2 that is step 16 + 6 of 32."""
     toy_train.run(tmp_path, CPU, epochs=2, max_steps=11)
     with MetricLog(tmp_path, tensorboard=False) as metrics:
         result, _ = toy_train.run(
-            tmp_path, CPU, epochs=2, batch_size=2, resume=checkpoint.newest(tmp_path), print_freq=1, metrics=metrics
+            *(tmp_path, CPU),
+            **{"epochs": 2, "batch_size": 2, "resume": checkpoint.newest(tmp_path)},
+            **{"print_freq": 1, "metrics": metrics, **limit},
         )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 12

@@ -158,7 +158,7 @@ class _Run:
         In a run that counts epochs they are those that an uninterrupted run with today's batch and processes would
         have made up to here; `at.step` differs from that if these have changed on the way.
         """
-        if self.settings.max_steps:
+        if self.settings.counts_steps:
             return self.at.step
         batches = -(-self.at.samples // self.sampler.global_batch)
         return self.at.epoch * self.steps_per_epoch + self.settings.steps_in(batches)
