@@ -201,10 +201,9 @@ def test_another_batch_size_on_resume_keeps_the_schedule_in_place(tmp_path, limi
     """12 of 32 samples of the second epoch are used; with batch 2 that is step 16 + 6 of 32."""
     toy_train.run(tmp_path, CPU, epochs=2, max_steps=11)
     with MetricLog(tmp_path, tensorboard=False) as metrics:
+        newest = checkpoint.newest(tmp_path)
         result, _ = toy_train.run(
-            *(tmp_path, CPU),
-            **{"epochs": 2, "batch_size": 2, "resume": checkpoint.newest(tmp_path)},
-            **{"print_freq": 1, "metrics": metrics, **limit},
+            tmp_path, CPU, epochs=2, batch_size=2, resume=newest, print_freq=1, metrics=metrics, **limit
         )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 12
