@@ -88,7 +88,7 @@ step "19. compare on held-out videos" "$PYTHON" stage2/evaluate_vos.py \
     --checkpoints "$TEACHER" "$OUT/efficient_sam3_memory.pt" "$OUT/efficient_sam3_full.pt" \
     --names teacher "memory" "student and memory" --data "$VIDEOS/sav_val" --output "$OUT/vos" --save-masks
 
-step "20. distil all of the teacher into a slim student" "$PYTHON" train_distill.py \
+step "20. distil all of the teacher, slim student" "$PYTHON" train_distill.py \
     --config configs/distillation_tiny.yaml --phase all --data "$DATA" --teacher "$TEACHER" \
     --output "$OUT/distillation" --opts log_dir="$OUT/distillation/logs"
 step "21. segment a photo with it" "$PYTHON" scripts/predict.py \
