@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from sam3.engine.image_list import SPLITS
+from sam3.engine.image_list import SPLITS, ImageList
 
 # Folders of pictures, and where the JSON files of each lie: the plan's flat layout, and the sorted one.
 IMAGES, ANNOTATIONS = "images", "annotations"
@@ -25,20 +24,12 @@ PICTURE_NAME = re.compile(r"(sa_([0-9]{1,18})(?![0-9]).*)\.(?i:jpe?g)", re.DOTAL
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures below `root`, by number; their keys are file names without suffix, such as `sa_223750`.
-
-    _keys, _files: byte strings `(N,)`; files are relative to `root`. Arrays, because worker processes share their
-    memory. skipped: pictures of the whole folder left out for want of a JSON file.
-    """
-
-    root: Path
-    _keys: np.ndarray
-    _files: np.ndarray
-    skipped: int = 0
+class Pictures(ImageList):
+    """Pictures below `root`, by number rather than by key; their keys are file names without suffix, such as
+    `sa_223750`. skipped: pictures of the whole folder left out for want of a JSON file."""
 
     @classmethod
-    def build(cls, root: Path, files: Iterable[str], skipped: int = 0) -> Pictures:
+    def by_number(cls, root: Path, files: Iterable[str], skipped: int = 0) -> Pictures:
         """files: relative to `root`, in any order, their names as PICTURE_NAME has them. ValueError if two have the
         same key or a name is not UTF-8."""
         files = sorted(files, key=_key)
@@ -48,21 +39,12 @@ class Pictures:
                 raise ValueError(
                     f"{root} holds two pictures for the key {key!r}: {files[row]} and {files[row + 1]}; remove one"
                 )
-        by_number = np.argsort([int(PICTURE_NAME.fullmatch(_name(file))[2]) for file in files], kind="stable")
+        order = np.argsort([int(PICTURE_NAME.fullmatch(_name(file))[2]) for file in files], kind="stable")
         try:
             columns = [np.array([text.encode() for text in column], dtype=np.bytes_) for column in (keys, files)]
         except UnicodeEncodeError as error:
             raise ValueError(f"the file name {error.object!r} in {root} is not UTF-8; rename it") from error
-        return cls(root, *(column[by_number] for column in columns), skipped)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, index: int) -> str:
-        return self._keys[index].decode()
-
-    def path(self, index: int) -> Path:
-        return self.root / self._files[index].decode()
+        return cls(root, *(column[order] for column in columns), skipped)
 
     def annotation_path(self, index: int) -> Path:
         """Where the annotations of picture `index` lie, if it has any."""
@@ -71,16 +53,9 @@ class Pictures:
             file = PurePosixPath(ANNOTATIONS, *file.parts[1:])
         return self.root / file.with_suffix(".json")
 
-    def keys(self) -> list[str]:
-        return [key.decode() for key in self._keys.tolist()]
-
-    def digest(self) -> str:
-        """SHA-256 over all keys in order, to compare what several processes found."""
-        return hashlib.sha256(b"\n".join(self._keys.tolist())).hexdigest()
-
     def part(self, start: int, stop: int | None = None) -> Pictures:
         """Pictures `start` to `stop` (left out), as a slice takes them."""
-        return Pictures(self.root, self._keys[start:stop], self._files[start:stop], self.skipped)
+        return self._take(slice(start, stop))
 
 
 def scan_sa1b(folder: str | Path, require_json: bool = True) -> Pictures:
@@ -115,7 +90,7 @@ def scan_sa1b(folder: str | Path, require_json: bool = True) -> Pictures:
             f"none of the {found} pictures in {root} has a JSON file (beside it, or in annotations as it is in "
             "images); add the files, or use pictures without (--opts require_json=false)"
         )
-    return Pictures.build(root, files, found - len(files))
+    return Pictures.by_number(root, files, found - len(files))
 
 
 def split_pictures(pictures: Pictures, num_val: int, num_train: int | None = None) -> tuple[Pictures, Pictures]:

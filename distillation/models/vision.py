@@ -48,7 +48,7 @@ class VisionEncoder(nn.Module):
         recompute = self.activation_checkpointing and self.training
         stem, *stages = self.backbone.values()
         x, levels = run_blocks([stem], images, recompute), []
-        for stage, adapter in zip(stages[:NUM_LEVELS], self.adapters, strict=False):
+        for stage, adapter in zip(stages[:NUM_LEVELS], list(self.adapters)[:NUM_LEVELS], strict=True):
             x = run_blocks([stage.downsample, *stage.blocks], x, recompute)
             levels.append(run_blocks([adapter], x, recompute))
         return tuple(levels)

@@ -6,6 +6,7 @@ Letters: `B` pictures, `S` side of the square they fill, `P` prompts, `Q` querie
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRESENCE_LIMIT = 10.0  # of presence logits, on either side
 
 
-class Teacher(nn.Module):
+class Teacher(nn.Module, ABC):
     """Frozen, in eval mode whatever `.train()` says, without gradients and outside autocast: its weights' type decides.
 
     image_size: S. dim: C. num_queries: Q. trunk_shape: `(E, G, G)`, what a trunk cache holds of a picture.
@@ -74,13 +75,13 @@ class Teacher(nn.Module):
         with _no_autocast(maps.device):
             return self.run_heads(maps.to(self.dtype), prompt_index, features)
 
+    @abstractmethod
     def run_trunk(self, images: Tensor) -> Tensor:
         """`embed`, given the weights' type. Not there in a teacher that was built without its trunk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_heads(self, maps: Tensor, prompt_index: Tensor, features: bool) -> dict[str, Any]:
         """`forward_from_trunk`, given the weights' type."""
-        raise NotImplementedError
 
 
 def place(dtype: str, device: str | torch.device) -> tuple[torch.device, torch.dtype]:

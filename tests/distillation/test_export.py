@@ -67,6 +67,7 @@ def test_half_of_the_full_student_has_201_megabytes():
 def test_full_size_file(tmp_path: Path, suffix: str):
     path = tmp_path / f"student_fp16{suffix}"
     export_student(EfficientSAM3(EfficientSAM3Config.preset("full")), path, META)
+    print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
     assert 200e6 <= path.stat().st_size <= 202e6
     loaded = load_student(path, "cpu")
     assert sum(p.numel() for p in loaded.parameters()) == 100_268_590

@@ -35,7 +35,7 @@ def touch_pairs(folder: Path, *keys: str) -> None:
 
 
 def listed(*numbers: int) -> Pictures:
-    return Pictures.build(Path("nowhere"), [f"sa_{number}.jpg" for number in numbers])
+    return Pictures.by_number(Path("nowhere"), [f"sa_{number}.jpg" for number in numbers])
 
 
 # Scanning -------------------------------------------------------------------------------------------------------------

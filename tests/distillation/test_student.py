@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -79,8 +80,10 @@ def test_shapes_of_the_full_student():
 def test_full_size_forward():
     torch.manual_seed(0)
     student = EfficientSAM3(EfficientSAM3Config.preset("full")).eval()
+    begin = time.perf_counter()
     with torch.no_grad():
         out = student(torch.randn(1, 3, 1008, 1008), torch.tensor([[49406, 320, 49407] + [0] * 74]))
+    print(f"a photo at full size: {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} CPU threads")
     assert out.keys() == set(OUTPUTS)
     assert all(tensor.isfinite().all() for tensor in out.values())
     assert out["pred_masks"].shape == (1, 100, 252, 252)

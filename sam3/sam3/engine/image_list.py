@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -82,7 +82,7 @@ class ImageList:
         return self._take(np.isin(self._keys, np.array([key.encode() for key in keys] or [b""])))
 
     def _take(self, rows: slice | np.ndarray) -> ImageList:
-        return ImageList(self.root, self._keys[rows], self._files[rows], self.skipped)
+        return replace(self, _keys=self._keys[rows], _files=self._files[rows])
 
 
 def list_folder(root: str | Path, split: str | None = None, val_fraction: float = 0.1) -> ImageList:
