@@ -143,18 +143,24 @@ def test_empty_images_are_zero_and_channels_last():
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs POSIX signals")
-def test_workers_outlive_signals_to_the_group_and_obey_the_parent():
-    """torchrun sends SIGTERM to all processes of a rank; the main one still gets its batches, saves, and ends them."""
-    code = textwrap.dedent("""
-        import signal
+@pytest.mark.parametrize("slow_start", [0.0, 2.0])
+def test_workers_outlive_signals_to_the_group_and_obey_the_parent(slow_start):
+    """torchrun sends SIGTERM to all processes of a rank; the main one still gets its batches, saves, and ends them.
+
+    slow_start: seconds a worker needs before it can set up its own signals; the group's arrive meanwhile.
+    """
+    code = textwrap.dedent(f"""
+        import signal, time
+        from torch.utils.data._utils import signal_handling
         from sam3.engine.loader import build_loader
         from sam3.engine.sampler import EpochSampler
         from tests.engine.toy_pictures import ToyPictures
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *args: None)
+        set_handlers = signal_handling._set_worker_signal_handlers
+        signal_handling._set_worker_signal_handlers = lambda: (set_handlers(), time.sleep({slow_start}))
         loader = build_loader(ToyPictures(6), EpochSampler(6, 1, drop_last=False), 2)
         batches = iter(loader)
-        next(batches)
         worker = loader.pictures._iterator._workers[0]
         print("ready", flush=True)
         input()
@@ -174,5 +180,5 @@ def test_workers_outlive_signals_to_the_group_and_obey_the_parent():
             os.killpg(run.pid, number)
         time.sleep(0.5)
         out, err = run.communicate("go on\n", timeout=120)
-    assert out.split() == ["5", "6", "ended", "0"], err
+    assert out.split() == ["6", "6", "ended", "0"], err
     assert "Traceback" not in err

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -113,7 +114,8 @@ class PictureLoader(Generic[Batch]):
         return len(self.pictures)
 
     def __iter__(self) -> Iterator[Batch]:
-        pictures = iter(self.pictures)  # here, so that workers start from the caller's thread
+        with _signals_held_back():
+            pictures = iter(self.pictures)  # here, so that workers start from the caller's thread
         batches = self._complete(pictures)
         if self.dataset.store is None or self.pictures.num_workers == 0:
             return batches
@@ -225,16 +227,35 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+# Terminals, torchrun and schedulers signal the whole process group, but it is for the main process to decide: it may
+# need more batches, and time to save, and ends its workers itself.
+IGNORED_IN_WORKERS = {getattr(signal, name) for name in ("SIGINT", "SIGUSR1") if hasattr(signal, name)}
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started inside get no signal of the group before `_start_worker` has said what becomes of it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *IGNORED_IN_WORKERS})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Terminals, torchrun and schedulers signal the whole process group, but it is for the main process to decide:
-    # it may need more batches, and time to save, and ends its workers itself.
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in IGNORED_IN_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_IN_WORKERS)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_parents_word, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_at_parents_word() -> None:
