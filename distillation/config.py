@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sam3.engine import settings
 
 BACKENDS = ("native", "hf", "fake")
 MODES = ("online", "trunk_cache", "output_cache")
@@ -137,7 +134,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _coerce(field.name, getattr(self, field.name), hints[field.name])
+            value = settings.coerce(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
         self._check_choices()
         self._check_numbers()
@@ -147,13 +144,12 @@ class DistillationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and lists only; `from_dict` gives the same config."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return settings.to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> DistillationConfig:
         """ValueError for unknown keys, with the nearest known one."""
-        _check_keys(values, source)
-        return cls(**values)
+        return settings.build(cls, values, source)
 
     # Derived ----------------------------------------------------------------------------------------------------------
 
@@ -202,11 +198,8 @@ class DistillationConfig:
             *("phase1_warmup", "phase2_warmup", "phase1_lr", "phase2_lr", "weight_decay", "max_grad_norm"),
             *("num_workers", "save_every_steps", "keep_last", "empty_cache_every", "seed", "dice_eps"),
         )
-        for names, least in ((at_least_one, 1), (not_negative, 0)):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not least <= value < float("inf"):
-                    raise ValueError(f"{name} must be at least {least} and finite, got {value}")
+        settings.require_at_least(1, self, at_least_one)
+        settings.require_at_least(0, self, not_negative)
         if not 0 <= self.student_dropout < 1:
             raise ValueError(f"student_dropout must be in 0..1, below 1; got {self.student_dropout}")
         if not self.memory_budget_gb > 0:
@@ -234,59 +227,8 @@ def load_config(path: str | Path | None, opts: Sequence[str] = (), **flags: Any)
     """Defaults < file (YAML or JSON) < `key=value` pairs < flags that are not None."""
     values: dict[str, Any] = {}
     if path is not None:
-        values |= _read_file(Path(path))
-        _check_keys(values, str(path))  # its values may need what later sources say
-    for pair in opts:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--opts takes key=value, got {pair!r}")
-        try:
-            values[key] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise ValueError(f"--opts {pair!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        values |= settings.read_mapping(path)
+        settings.check_keys(DistillationConfig, values, str(path))  # its values may need what later sources say
+    settings.override(values, opts)
     values |= {key: value for key, value in flags.items() if value is not None}
     return DistillationConfig.from_dict(values, "--opts" if opts else "the command line")
-
-
-def _check_keys(values: Mapping[str, Any], source: str) -> None:
-    known = [field.name for field in dataclasses.fields(DistillationConfig)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]}?" if near else "; see distillation/config.py"
-            raise ValueError(f"{source} has the unknown key {key!r}{hint}")
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration {path}; see configs/distillation.yaml")
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:] or 'YAML'}: {' '.join(str(error).split())}") from error
-    if not isinstance(values or {}, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; wanted keys and values")
-    return values or {}
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value as the field's type; YAML's `1e-4` is a string, JSON has lists for tuples."""
-    optional = isinstance(hint, types.UnionType)
-    kinds = [kind for kind in (typing.get_args(hint) if optional else (hint,)) if kind is not types.NoneType]
-    kind = kinds[0]
-    if value is None and optional:
-        return None
-    if typing.get_origin(kind) is tuple:
-        (item, _) = typing.get_args(kind)
-        if isinstance(value, (list, tuple)):
-            return tuple(_coerce(name, entry, item) for entry in value)
-    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    wanted = "a list" if typing.get_origin(kind) is tuple else f"a {kind.__name__}"
-    raise ValueError(f"{name} is {value!r}; wanted {wanted}{' or null' if optional else ''}")

@@ -93,7 +93,7 @@ def test_texts_that_yaml_does_not_take_for_numbers(tmp_path, defaults):
         ("AMP_DTYPE: bf17\n", "AMP_DTYPE is 'bf17'; choose one of auto, bf16, fp16"),
         ("TRAIN:\n  START_EPOCH: 3\n", r"TRAIN\.START_EPOCH \(in .*c\.yaml\) cannot be set: it follows from"),
         ("OLD:\n  A: 3\n", r"OLD.* cannot be set: it belongs to stage 9"),
-        ("- 1\n- 2\n", "holds a list, wanted KEY: value pairs"),
+        ("- 1\n- 2\n", "holds a list; wanted keys and values"),
         ("A: [1\n", r"c\.yaml cannot be parsed: .*line 2"),
     ],
 )

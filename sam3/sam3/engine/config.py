@@ -10,7 +10,6 @@ import argparse
 import ast
 import contextlib
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from yacs.config import CfgNode
 
 from sam3.engine import files
+from sam3.engine.settings import read_mapping
 
 # What a flag does: sets one key | sets one key, the second item when the flag stands alone | sets fixed values.
 FlagAction = str | tuple[str, Any] | dict[str, Any]
@@ -251,28 +251,13 @@ def _read_chain(path: Path, trail: tuple[Path, ...] = ()) -> list[tuple[Path, di
     if resolved in trail:
         cycle = " -> ".join(str(p) for p in (*trail[trail.index(resolved) :], resolved))
         raise ValueError(f"BASE leads back to itself: {cycle}")
-    content = _read_file(path)
+    content = read_mapping(path)
     bases = content.pop("BASE", None) or []
     chain: list[tuple[Path, dict[str, Any]]] = []
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
             chain += _read_chain(path.parent / base, (*trail, resolved))
     return [*chain, (path, content)]
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be parsed: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, wanted KEY: value pairs")
-    return content
 
 
 def _parse_opts(opts: Sequence[str], source: str) -> list[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""Prompt-based fine-tuning of light SAM-1 models with four distillation losses from one or several teachers."""
