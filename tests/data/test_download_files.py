@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data import download_files
 from data.download_files import main, read_links, read_names
+from sam3.engine import transfer
 from tests.data.file_server import FileServer, serve
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setattr(download_files, "WAIT_S", 0.01)
+    monkeypatch.setattr(transfer, "WAIT_S", 0.01)
     with serve() as state:
         yield state
 
@@ -111,7 +111,7 @@ def test_a_faulty_file_is_listed_and_the_others_arrive(
     summary = capsys.readouterr().out.split("files are missing:")[1]
     assert "bad.tar" in summary and reason in summary and "good.tar" not in summary
     tries = sum(name == "bad.tar" for name, _ in server.ranges)
-    assert tries == (download_files.ATTEMPTS if fault == 503 else 1)
+    assert tries == (transfer.ATTEMPTS if fault == 503 else 1)
 
 
 def test_an_empty_file_is_a_failure(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +131,7 @@ def test_no_server_at_all(server: FileServer, tmp_path: Path, capsys: pytest.Cap
 
 def test_full_disk_stops_the_run(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.files = {"a.tar": content(1), "b.tar": content(2)}
-    monkeypatch.setattr(download_files, "free_bytes", lambda path: 49_999)
+    monkeypatch.setattr(transfer, "free_bytes", lambda path: 49_999)
     with pytest.raises(OSError, match=r"a.tar.part needs 50.00 kB more, but 50.00 kB are free") as caught:
         main(arguments(server, tmp_path, ["a.tar", "b.tar"], "--jobs", "1"))
     assert caught.value.errno == errno.ENOSPC

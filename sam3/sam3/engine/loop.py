@@ -124,7 +124,11 @@ class _Run:
         return self.result
 
     def _done(self) -> bool:
-        return self._max_steps_done() or 0 < self.settings.epochs <= self.at.epoch
+        return self._max_steps_done() or 0 < self.settings.epochs <= self.at.epoch or self._stale()
+
+    def _stale(self) -> bool:
+        """Whether validations have not become better for as long as patience lasts."""
+        return not self.at.samples and self.settings.is_stale(self.at.epoch, self.result.best.get("epoch"))
 
     def _train_epoch(self) -> None:
         """The steps left in the epoch, or until max_steps."""
@@ -171,13 +175,17 @@ class _Run:
             self._validate_and_save_epoch(complete)
         if complete:
             at.epoch, at.samples = at.epoch + 1, 0
+            if self._stale():
+                best = self.result.best
+                log.info(f"no better {best['metric']} since epoch {best['epoch']} ({best['value']:.5g}); ending here")
 
     def _validate_and_save_epoch(self, complete: bool) -> None:
         settings, at = self.settings, self.at
         payload = self._pack(epoch_complete=complete)
         # If a signal or an error ends the validation, the file says that it is still to be done.
-        improved = self._validate(payload and {**payload, "epoch_complete": False})
         final = at.epoch + 1 == settings.epochs or self._max_steps_done()
+        due = settings.validates_after_epoch(at.epoch) or final
+        improved = due and self._validate(payload and {**payload, "epoch_complete": False})
         if payload is not None:
             payload |= self._verdict()
             if improved:
@@ -231,7 +239,7 @@ class _Run:
     def _step(self, batches: Iterator[Any], size: int, lr: float) -> None:
         """`size` micro-batches forward and backward, then one update; nothing here waits for the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         for i in range(size):
             start = time.perf_counter()
             batch = next(batches)
@@ -291,7 +299,7 @@ class _Run:
         done, total = self._done_steps(), settings.max_steps or settings.epochs * self.steps_per_epoch
         remaining_s = (total - done) * self.watch.seconds_per_step
         epoch = f"epoch {at.epoch}" + ("" if settings.counts_steps else f"/{settings.epochs}")
-        log.info(f"{epoch} {meters.step_line(done, total, values, settings.unit, remaining_s)}")
+        log.info(f"{epoch} {meters.step_line(done, total, values, settings.unit, remaining_s, settings.shown)}")
 
     # Validation -----------------------------------------------------------------------------------------------------
 

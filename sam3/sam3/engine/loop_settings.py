@@ -38,6 +38,8 @@ class LoopSettings:
     save_steps: int = 0  # steps; 0 saves at the end of epochs, or keeps no step, only
     latest_steps: int = 0  # steps between saves of ckpt_latest.pth, which is also saved at validations; counting steps
     validate_steps: int = 0  # steps; 0 validates at the end of epochs, or of the run, only
+    validate_freq: int = 1  # epochs; the last one is always validated
+    patience: int = 0  # end after so many validations without a better best_metric; 0 never; counting epochs
     keep_last: int = 0  # checkpoints; 0 keeps all
     best_metric: str = ""  # name among the validation's results that ckpt_best.pth follows
     best_mode: str = "min"  # min | max
@@ -45,6 +47,7 @@ class LoopSettings:
     average_bn: bool = True  # average BatchNorm's running statistics over processes before saving and validating
     find_unused_parameters: bool = False
     unit: str = "images"  # what a sample is called in logs
+    shown: Mapping[str, str] = field(default_factory=dict)  # losses in the progress line -> their names there; {}: all
 
     @classmethod
     def from_config(cls, config: Any, device: torch.device, **others: Any) -> LoopSettings:
@@ -67,10 +70,12 @@ class LoopSettings:
         )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulation", "print_freq", "save_freq", "max_bad_steps"):
+        for name in ("epochs", "accumulation", "print_freq", "save_freq", "validate_freq", "max_bad_steps"):
             if getattr(self, name) < 1 and not (name == "epochs" and self.counts_steps):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "save_steps", "latest_steps", "validate_steps", "keep_last", "clip_grad"):
+        intervals = ("save_steps", "latest_steps", "validate_steps")
+        not_negative = ("max_steps", *intervals, "patience", "keep_last", "clip_grad")
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.best_mode not in ("min", "max"):
@@ -84,6 +89,16 @@ class LoopSettings:
     def validates_after(self, step: int) -> bool:
         """Whether a validation inside an epoch is due after this step: at intervals, and as a run's last."""
         return divides(self.validate_steps, step) or (self.counts_steps and step >= self.max_steps)
+
+    def validates_after_epoch(self, epoch: int) -> bool:
+        """Whether a validation is due at the end of epoch 0, 1, ...; max_steps may make another epoch the last."""
+        return epoch + 1 == self.epochs or (epoch + 1) % self.validate_freq == 0
+
+    def is_stale(self, epochs: int, best_epoch: int | None) -> bool:
+        """Whether so many finished epochs have brought nothing better than `best_epoch` for too long."""
+        if not self.patience or best_epoch is None:
+            return False
+        return epochs - 1 - best_epoch >= self.patience * self.validate_freq
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

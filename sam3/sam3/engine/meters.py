@@ -120,12 +120,16 @@ def max_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
-def step_line(done: int, total: int, values: Mapping[str, float], unit: str, remaining_s: float) -> str:
-    """A print step's `train/...` values for people."""
-    losses = " ".join(f"{n[11:]} {v:.4g}" for n, v in values.items() if n.startswith("train/loss_"))
+def step_line(
+    done: int, total: int, values: Mapping[str, float], unit: str, remaining_s: float, shown: Mapping[str, str]
+) -> str:
+    """A print step's `train/...` values for people. shown: losses to print -> their names; none: all of them."""
+    losses = {name[11:]: value for name, value in values.items() if name.startswith("train/loss_")}
+    labels = {name: shown[name] for name in shown if name in losses} or dict(zip(losses, losses, strict=True))
+    listed = " ".join(f"{label} {losses[name]:.4g}" for name, label in labels.items())
     skipped = f" | skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (
-        f"step {done}/{total} ({100 * done / total:.1f}%) | loss {losses} | lr {values['train/lr']:.3g} | "
+        f"step {done}/{total} ({100 * done / total:.1f}%) | loss {listed} | lr {values['train/lr']:.3g} | "
         f"grad norm {values['train/grad_norm']:.3g} | {values['train/step_ms']:.0f} ms/step, "
         f"data {values['train/data_ms']:.0f} ms, {values[f'train/{unit}_per_s']:.3g} {unit}/s | "
         f"{values['train/max_mem_gib']:.2f} GiB | ETA {duration(remaining_s)}{skipped}"

@@ -55,19 +55,23 @@ class TwoWayBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = ProjectedAttention(dim, heads, attention_downsample_rate)
 
-    def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens and token_pe (B, L, C), image (n, S, C), image_pe (1|n, S, C) -> tokens (B, L, C), image (B, S, C)."""
+    def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens are the queries (and query_pe) (B, L, C), the image is the keys (n, S, C) with key_pe (1|n, S, C).
+
+        Returns the new queries (B, L, C) and keys (B, S, C). The transformer passes all four by name, so that a
+        forward pre-hook with `with_kwargs` can tell them apart.
+        """
         if self.first:  # the tokens still are their own position codes: nothing to add, and no residual
-            tokens = self.self_attn(tokens, tokens, tokens)
+            queries = self.self_attn(queries, queries, queries)
         else:
-            placed = tokens + token_pe
-            tokens = tokens + self.self_attn(placed, placed, tokens)
-        tokens = self.norm1(tokens)
-        placed_image = image + image_pe
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, placed_image, image))
-        tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.cross_attn_image_to_token(placed_image, tokens + token_pe, tokens))
-        return tokens, image
+            placed = queries + query_pe
+            queries = queries + self.self_attn(placed, placed, queries)
+        queries = self.norm1(queries)
+        placed_keys = keys + key_pe
+        queries = self.norm2(queries + self.cross_attn_token_to_image(queries + query_pe, placed_keys, keys))
+        queries = self.norm3(queries + self.mlp(queries))
+        keys = self.norm4(keys + self.cross_attn_image_to_token(placed_keys, queries + query_pe, queries))
+        return queries, keys
 
 
 class TwoWayTransformer(nn.Module):
@@ -92,6 +96,6 @@ class TwoWayTransformer(nn.Module):
         """image (n, S, C), image_pe (1|n, S, C), tokens (B, L, C) -> tokens (B, L, C), image (B, S, C)."""
         token_pe = tokens
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe)
+            tokens, image = layer(queries=tokens, keys=image, query_pe=token_pe, key_pe=image_pe)
         seen = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
         return self.norm_final_attn(tokens + seen), image
