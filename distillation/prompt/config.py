@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distillation.prompt.hooks import COMPONENTS
 from sam3.engine import settings
 
-HOOKED = ("encoder_patch", "prompt_embed", "decoder_mask_token")  # these losses compare what hooks capture
-LOSSES = (*HOOKED, "dense_mask_logits")  # the order is that of tables and logs
+LOSSES = (*COMPONENTS, "dense_mask_logits")  # the order is that of tables and logs
+LOSS_PARTS = ("mse", "cos", "kl", "focal")
 Sam1Type = Literal["vit_h", "vit_l", "vit_b", "vit_t", "vit_tiny"]
 # What a model file may state beside its type, and must state rightly.
 ENCODERS = {
@@ -141,14 +142,16 @@ class TeacherSettings:
             raise ValueError(
                 f"teachers[].name is {self.name!r}; wanted letters, digits, - and _, for it names folders and logs"
             )
+        if self.name in LOSS_PARTS:
+            raise ValueError(f"teachers[].name {self.name!r} is the name of a part of a loss; choose another")
         settings.require_at_least(0, self, ["weight"], f"teachers[{self.name}].")
         _check_components(self.hooks, f"teachers[{self.name}].hooks")
 
 
 def _check_components(hooks: Mapping[str, str], path: str) -> None:
     for component in hooks:
-        if component not in HOOKED:
-            raise ValueError(f"{path} has the unknown component {component!r}; choose one of {', '.join(HOOKED)}")
+        if component not in COMPONENTS:
+            raise ValueError(f"{path} has the unknown component {component!r}; choose one of {', '.join(COMPONENTS)}")
 
 
 # Data, model and training ---------------------------------------------------------------------------------------------
@@ -168,11 +171,12 @@ class DatasetSettings:
     grid_points: int = 32  # points per side
     min_points: int = 1
     max_points: int = 3
+    max_masks: int | None = None  # of a picture, the first ones; None: all
     max_bbox_shift: int = 20  # a box's sides move outwards by up to so much
     num_workers: int = 4
 
     def __post_init__(self) -> None:
-        settings.require_at_least(1, self, ["grid_points", "min_points", "max_points"], "dataset.")
+        settings.require_at_least(1, self, ["grid_points", "min_points", "max_points", "max_masks"], "dataset.")
         settings.require_at_least(0, self, ["max_bbox_shift", "num_workers"], "dataset.")
         if self.max_points < self.min_points:
             raise ValueError(f"dataset.max_points {self.max_points} is below dataset.min_points {self.min_points}")
@@ -311,6 +315,11 @@ class PromptDistillConfig:
     stage_schedule: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.dataset.mode == "everything" and self.distillation.prompt_embed.tap == "output_keys":
+            raise ValueError(
+                "distillation.prompt_embed.tap output_keys gives a map for each prompt of the grid, too many to keep; "
+                "in dataset.mode everything use input_keys, which is one a picture"
+            )
         names = [teacher.name for teacher in self.teachers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"teachers need different names, got {', '.join(twice)} more than once")
@@ -352,6 +361,24 @@ class PromptDistillConfig:
             return {name: weight / total for name, weight in given.items()}
         return given
 
+    def warnings(self) -> list[str]:
+        """What works, but may not be meant."""
+        found = []
+        if self.distillation.enable and not self.distillation.losses:
+            found.append("distillation.enable is true, but none of its losses is; this is plain fine-tuning")
+        if not self.distills:
+            return found
+        total = sum(self.teacher_weights.values())
+        if abs(total - 1) > 1e-6:
+            found.append(f"the teachers' weights add up to {total:g}, not 1; they are used as they are")
+        pairs = {"prompt_embed": ("w_mse", "w_cos"), "dense_mask_logits": ("w_kl", "w_focal")}
+        for loss, names in pairs.items():
+            first, second = (getattr(getattr(self.distillation, loss), name) for name in names)
+            if loss in self.distillation.losses and abs(first + second - 1) > 1e-6:
+                said = f"distillation.{loss}: {names[0]} {first:g} and {names[1]} {second:g}"
+                found.append(f"{said} do not add up to 1; they are used as they are")
+        return found
+
     def store_folder(self, teacher: TeacherSettings) -> Path:
         """Where a teacher's features lie."""
         return Path(teacher.precomputed_dir or Path(self.distillation.precomputed_root, teacher.name))
@@ -390,7 +417,7 @@ class ModelFile:
 
     type: Sam1Type
     name: str = ""
-    image_size: int = 1024
+    image_size: int | None = None
     checkpoint: str = ""
     patch_size: int = PATCH_SIZE
     embed_dim: int | None = None
