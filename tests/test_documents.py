@@ -44,6 +44,11 @@ FLAGS_FROM = {
     "save_embeddings.sh": "stage2/save_video_embeddings_stage2.py",
     "train_memory.sh": "stage2/train_memory_stage2.py",
     "convert_weights.sh": "stage2/convert_memory_weights_stage2.py",
+    "train_prompt_distill.sh": "scripts/train_prompt_distill.py",
+}
+LAUNCHERS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*/scripts/*.sh"), ROOT / "scripts/train_prompt_distill.sh")
 }
 
 
@@ -111,16 +116,14 @@ def parse_command(program: str, words: list[str]) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_parse(document: str, parse_only, monkeypatch: pytest.MonkeyPatch):
     """Those of Python programs as they stand, those of launchers as the command that they start."""
-    knobs = [
-        key for launcher in ROOT.glob("*/scripts/*.sh") for key in re.findall(r"([A-Z0-9_]+):--", launcher.read_text())
-    ]
+    knobs = [key for launcher in LAUNCHERS.values() for key in re.findall(r"([A-Z0-9_]+):--", launcher)]
     for key in knobs:
         monkeypatch.delenv(key, raising=False)
     for program, rest in programs(document):
         words = shlex.split(rest)
         if program.endswith(".py"):
             parse_command(program, words)
-        elif "/scripts/" in program and shutil.which("bash"):  # a stage's; the others take their arguments themselves
+        elif program in LAUNCHERS and shutil.which("bash"):  # the others take their arguments themselves
             started = launched(program, *words)
             place = next(i for i, word in enumerate(started) if word.endswith(".py"))
             parse_command(started[place], started[place + 1 :])

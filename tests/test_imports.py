@@ -93,6 +93,9 @@ def test_scripts_start_from_the_root_and_from_elsewhere(tmp_path: Path):
     ):
         for folder in (ROOT, tmp_path):
             assert "usage" in run([sys.executable, str(ROOT / script), "--help"], folder)
+    prompts = ("scripts/train_prompt_distill", "scripts/extract_teacher_features", "scripts/download_sam1")
+    for script in (*prompts, "data/make_sample_prompts"):
+        assert "usage" in run([sys.executable, str(ROOT / f"{script}.py"), "--help"], tmp_path)
     steps = ("save_video_embeddings", "train_memory", "convert_memory_weights")
     for script in (*(f"{name}_stage2" for name in steps), "evaluate_vos"):
         assert "usage" in run([sys.executable, str(ROOT / f"stage2/{script}.py"), "--help"], tmp_path)

@@ -58,18 +58,23 @@ class HookedSam:
     model: has `encode(images) -> (B, C, G, G)`, `decode(embedding, points, boxes, multimask) -> masks and ious`, and
     `type`; see `sam3.sam.sam1.Sam1`. hooks: component -> hook string, None for the usual place; only these are
     registered. tap: of prompt_embed, see `distillation.prompt.hooks.resolve`, which raises for hooks that the model
-    does not have. name: of the model, for messages.
+    does not have. name: of the model, for messages. announce: log where the features are taken from.
     """
 
     def __init__(
-        self, model: nn.Module, hooks: Mapping[str, str | None], tap: str = "input_keys", name: str = "model"
+        self,
+        model: nn.Module,
+        hooks: Mapping[str, str | None],
+        tap: str = "input_keys",
+        name: str = "model",
+        announce: bool = True,
     ) -> None:
         self.model, self.name = model, name
         kind = getattr(model, "type", None)
         self.hooks = {component: resolve(model, component, hook, kind, tap) for component, hook in hooks.items()}
         self._kept: dict[str, list[Tensor]] = {}
         self._handles = [hook.attach(lambda c=component: self._kept.get(c)) for component, hook in self.hooks.items()]
-        for hook in self.hooks.values():
+        for hook in self.hooks.values() if announce else ():
             logger.info("%s: %s is taken from %s (%s)", name, hook.component, hook, hook.asked)
 
     def encode(self, images: Tensor) -> Encoded:

@@ -22,7 +22,7 @@ from distillation.prompt.losses import TASK_TERMS, all_finite, foreground_loss, 
 from distillation.prompt.objective import Objective
 from distillation.prompt.prompts import Prompts, grid
 from distillation.prompt.teachers import Teacher
-from sam3.sam.sam1 import Sam1
+from sam3.sam.sam1 import Sam1, build_sam1
 
 
 @dataclass
@@ -64,25 +64,18 @@ class PromptDistiller(nn.Module):
     def add_projections(self, stored_widths: Mapping[str, int]) -> None:
         """Make the projections of the patch features, once all weights are in place.
 
-        stored_widths: teacher -> channels of its stored features; teachers that run are asked with an empty picture.
+        stored_widths: teacher -> channels of its stored features.
         """
         if not self.config.distills or "encoder_patch" not in self.config.distillation.losses:
             return
-        width = self._patch_width(self.student, self.hooked)
+        own = self.config.distillation.hooks.student.get("encoder_patch")
+        width = patch_width(self.student, own, "student")
         for name, channels in stored_widths.items():
             self.objective.add_projection(name, channels, width, None)
+        hooks = {teacher.name: teacher.hooks.get("encoder_patch") for teacher in self.config.teachers}
         for teacher in self.teachers:
-            channels = self._patch_width(teacher, teacher)
+            channels = patch_width(teacher.model, hooks[teacher.name], teacher.name)
             self.objective.add_projection(teacher.name, channels, width, teacher.neck_projection())
-
-    @torch.no_grad()
-    def _patch_width(self, of: Sam1 | Teacher, encoder: HookedSam | Teacher) -> int:
-        device = of.device if isinstance(of, Teacher) else next(of.parameters()).device
-        training, size = self.training, of.image_size
-        self.eval()
-        patch = encoder.encode(torch.zeros(1, 3, size, size, device=device)).features["encoder_patch"]
-        self.train(training)
-        return patch.shape[1]
 
     # A training step --------------------------------------------------------------------------------------------------
 
@@ -244,6 +237,23 @@ class PromptDistiller(nn.Module):
         candidates = (found.ious, matched) if whole else None
         sizes = size.expand(len(pairs), 2)
         return Seen(found.masks, found.pair_ious, masks[pairs.objects], sizes, student, teachers, candidates)
+
+
+@torch.no_grad()
+def patch_width(model: nn.Module, hook: str | None, name: str) -> int:
+    """Channels of a model's patch features, taken at `hook` (None: the usual place). name: for messages.
+
+    A `Sam1` is asked without computing anything; other models see an empty picture.
+    """
+    device = next(model.parameters()).device
+    if isinstance(model, Sam1):
+        device = torch.device("meta")
+        with device:
+            model = build_sam1(model.type, model.image_size)
+    hooked = HookedSam(model, {"encoder_patch": hook}, name=name, announce=False)
+    patch = hooked.encode(torch.zeros(1, 3, model.image_size, model.image_size, device=device))
+    hooked.remove()
+    return patch.features["encoder_patch"].shape[1]
 
 
 def _rows_of(
