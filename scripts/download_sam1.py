@@ -88,8 +88,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def describe(type: str) -> Published:
     """Link, size and digest of a file, from one request. Raises ConnectionError, ValueError for a strange answer."""
     name = FILES[type]
-    site = MOBILE_SAM_SITE if type == "vit_t" else SAM_SITE
-    link = f"{site}/{name}"
+    # Of a file above 1 MB GitHub's listing of its folder tells more than its own page.
+    link = MOBILE_SAM_SITE if type == "vit_t" else f"{SAM_SITE}/{name}"
     try:
         with open_link(link) as answer:
             if type != "vit_t":
@@ -109,9 +109,9 @@ def describe(type: str) -> Published:
 
 
 def read_description(type: str, name: str, link: str, stated: bytes) -> Published:
-    """What GitHub's contents API says about a file. Raises ValueError if it is not that."""
+    """What GitHub's listing of a folder says about a file. Raises ValueError if it is not that."""
     try:
-        content = json.loads(stated)
+        content = {entry["name"]: entry for entry in json.loads(stated)}[name]
         file = Published(type, name, content["download_url"], content["size"], content["sha"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{link} describes no file ({error!r}); try again later") from error

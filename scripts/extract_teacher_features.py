@@ -22,6 +22,7 @@ from pathlib import Path
 from distillation.prompt.config import DatasetSettings, TeacherSettings
 from distillation.prompt.extract import extract
 from distillation.prompt.extract_data import ENC_PROJECTIONS, PROMPT_SOURCES, ExtractSettings
+from distillation.prompt.hooks import COMPONENTS as HOOKED
 from distillation.prompt.hooks import TAPS
 from distillation.prompt.layouts import LAYOUTS, open_split
 from distillation.prompt.store_format import FILES
@@ -40,6 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     teacher.add_argument("--teacher_cfg", required=True, help="model file, such as configs/sam_vith.yaml")
     teacher.add_argument("--teacher_ckpt", required=True, help="its weights; with another backend maybe a folder")
     teacher.add_argument("--teacher_backend", choices=BACKENDS, default="native", help="whose code runs it")
+    teacher.add_argument("--hooks", nargs="+", default=[], metavar="COMPONENT=PATH", help="as teachers[].hooks")
     teacher.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     teacher.add_argument("--fp16", action="store_true", help="float16 files, and on a GPU a float16 teacher")
     teacher.add_argument("--points_per_batch", type=int, default=64, help="prompts that pass the decoder together")
@@ -80,6 +82,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--prompts {args.prompts} is for --mode single; everything mode has a grid")
     if len(set(args.splits)) < len(args.splits):
         parser.error(f"--splits names a split twice: {' '.join(args.splits)}")
+    if bad := [hook for hook in args.hooks if hook.partition("=")[0] not in HOOKED or not hook.partition("=")[2]]:
+        parser.error(f"--hooks takes COMPONENT=PATH with a component of {', '.join(HOOKED)}, got {bad[0]}")
     if not chosen_components(args):
         parser.error("--no_dense_logits leaves no component")
     return args
@@ -111,6 +115,7 @@ def extract_settings(args: argparse.Namespace) -> ExtractSettings:
         points_per_batch=args.points_per_batch,
         overwrite=args.overwrite,
         limit=args.limit,
+        hooks=dict(hook.split("=", 1) for hook in args.hooks),
     )
 
 
@@ -127,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint=args.teacher_ckpt,
         cfg=args.teacher_cfg,
         backend=args.teacher_backend,
+        hooks=settings.hooks,
         dtype="auto" if args.fp16 else "fp32",
     )
     model, files = load_model(named)

@@ -97,6 +97,13 @@ step "21. segment a photo with it" "$PYTHON" scripts/predict.py \
 step "22. the checks of this distillation" "$PYTHON" train_distill.py --verify \
     --config configs/distillation_tiny.yaml --data "$DATA" --teacher "$TEACHER" --output "$OUT/verify"
 
+step "23. photos with masks, for prompts" "$PYTHON" data/make_sample_prompts.py --sa1b "$DATA" --output "$OUT/prompts"
+step "24. two teachers of the SAM-1 family, random" "$PYTHON" scripts/make_tiny_sam1.py --output "$OUT/sam1"
+step "25. distil both, prompt by prompt" bash scripts/train_prompt_distill.sh CFG=configs/prompt_tiny.yaml GPUS=0 \
+    --opts dataset.train_dataset="$OUT/prompts/train" dataset.val_dataset="$OUT/prompts/val" \
+    teachers.0.cfg="$OUT/sam1/vit_tiny.yaml" teachers.1.cfg="$OUT/sam1/mobile_sam.yaml" \
+    model.checkpoint_path="$OUT/sam1/mobile_sam.pt" model.save_path="$OUT/prompt_distillation"
+
 say "done in $SECONDS s"
 printf '%s' "$times"
 size() { du -sh "$1" | cut -f1; }
@@ -108,6 +115,7 @@ cat <<END
                          $OUT/efficient_sam3_ev_s_geometry.pt (tuned behind boxes and points)
                          $OUT/efficient_sam3_full.pt (with the compressed memory)
   slim student           $OUT/distillation/phase2/student_fp16.pt ($(size "$OUT/distillation/phase2/student_fp16.pt"))
+  prompted student       $OUT/prompt_distillation/mobile_sam.pt ($(size "$OUT/prompt_distillation/mobile_sam.pt"))
   look at                $OUT/evaluation.png
                          $OUT/prediction.png, $OUT/distilled_prediction.png
                          $OUT/tracked.gif and $OUT/vos/overlays

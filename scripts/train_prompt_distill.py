@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distillation.prompt.config import PromptDistillConfig, load_config
-from distillation.prompt.trainer import EXPORT, PromptTrainer, export_checkpoint
+from distillation.prompt.trainer import PromptTrainer, export_checkpoint, export_name
 from sam3.engine import distributed, log
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.rng import seed_everything
@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     mode.add_argument("--validate", action="store_true", help="validate once, and end")
     mode.add_argument("--export", metavar="CHECKPOINT", help="write its student in the published layout, and end")
-    parser.add_argument("--output", default=EXPORT, metavar="FILE", help="of --export")
+    parser.add_argument("--output", default=export_name("vit_t"), metavar="FILE", help="of --export")
     args = parser.parse_args(argv)
     if not args.config and not args.export:
         parser.error("--config is needed; see configs/prompt_mixed.yaml")

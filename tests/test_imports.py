@@ -94,7 +94,7 @@ def test_scripts_start_from_the_root_and_from_elsewhere(tmp_path: Path):
         for folder in (ROOT, tmp_path):
             assert "usage" in run([sys.executable, str(ROOT / script), "--help"], folder)
     prompts = ("scripts/train_prompt_distill", "scripts/extract_teacher_features", "scripts/download_sam1")
-    for script in (*prompts, "data/make_sample_prompts"):
+    for script in (*prompts, "scripts/make_tiny_sam1", "data/make_sample_prompts"):
         assert "usage" in run([sys.executable, str(ROOT / f"{script}.py"), "--help"], tmp_path)
     steps = ("save_video_embeddings", "train_memory", "convert_memory_weights")
     for script in (*(f"{name}_stage2" for name in steps), "evaluate_vos"):

@@ -315,7 +315,8 @@ class PromptDistillConfig:
     stage_schedule: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dataset.mode == "everything" and self.distillation.prompt_embed.tap == "output_keys":
+        embed = self.distillation.prompt_embed
+        if self.dataset.mode == "everything" and embed.enable and embed.tap == "output_keys":
             raise ValueError(
                 "distillation.prompt_embed.tap output_keys gives a map for each prompt of the grid, too many to keep; "
                 "in dataset.mode everything use input_keys, which is one a picture"

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from distillation.prompt.extract_data import ExtractSettings, Picture, PicturesWithPrompts, sam_preprocess
+from distillation.prompt.hooked import patch_width
 from distillation.prompt.layouts import PromptSource
 from distillation.prompt.projection import make_projection
 from distillation.prompt.store_format import (
+    FAILED_FILE,
     FORMAT_VERSION,
     IOUS,
     KIND,
     META_FILE,
+    PROMPT_SETTINGS,
     SCRIPT,
     WIDTH,
     PromptRecord,
@@ -48,7 +51,6 @@ from sam3.engine.signals import StoppedBySignal, StopSignals
 
 NUM_COUNTED = 1000  # pictures whose masks are counted to estimate the space
 NUM_NAMED = 20  # failed pictures in the summary on the screen
-FAILED_FILE = "failed.txt"  # beside the features of a split: a line for each picture that failed, its key first
 MAX_WAITING = 2  # pictures that wait to be written while the teacher sees the next
 
 logger = logging.getLogger("sam3.distillation")
@@ -59,10 +61,10 @@ def encoder_projection(teacher: Teacher, settings: ExtractSettings) -> tuple[nn.
 
     ValueError if the teacher has no neck that could bring them to C channels.
     """
+    if "encoder_patch" not in settings.components:
+        return nn.Identity(), WIDTH
     neck = teacher.neck_projection()
-    channels = (
-        WIDTH if teacher.type == "vit_t" or neck is None else neck.shape[1]
-    )  # of MobileSAM's features: the neck's
+    channels = patch_width(teacher.model, settings.hooks.get("encoder_patch"), teacher.name)
     if settings.enc_projection == "none":
         return nn.Identity(), channels
     return make_projection("neck", channels, WIDTH, neck).to(teacher.device), WIDTH
@@ -76,8 +78,8 @@ def describe(teacher: Teacher, settings: ExtractSettings, encoder_channels: int)
     elif settings.prompts == "none":
         prompts = {"source": "none"}
     else:
-        names = ("prompt_mode", "min_points", "max_points", "max_bbox_shift")
-        prompts = {"source": settings.prompts, "seed": settings.seed, **{name: getattr(data, name) for name in names}}
+        drawn = {name: getattr(data, name) for name in PROMPT_SETTINGS}
+        prompts = {"source": settings.prompts, "seed": settings.seed, **drawn}
     return {
         "kind": KIND,
         "format_version": FORMAT_VERSION,

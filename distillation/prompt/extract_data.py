@@ -5,7 +5,7 @@ Letters: `S` side of the square that a picture fills.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ class ExtractSettings:
     single mode `masks`: of masks, pictures without are left out; `none`: an empty one; `auto`: an empty one where there
     are no masks. seed: of the prompts. enc_projection: `neck` brings a ViT's patch features to C channels by its own
     neck, `none` leaves them. tap: of prompt_embed. half: float16 files. points_per_batch: prompts decoded together.
-    overwrite: what is there, too. limit: pictures of a split, the first ones.
+    overwrite: what is there, too. limit: pictures of a split, the first ones. hooks: the teacher's own, by component.
     """
 
     dataset: DatasetSettings = field(default_factory=DatasetSettings)
@@ -47,6 +47,7 @@ class ExtractSettings:
     points_per_batch: int = 64
     overwrite: bool = False
     limit: int | None = None
+    hooks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distillation.prompt.hooks import Hook, resolve
 from distillation.prompt.prompts import Prompts
+from sam3.sam.sam1 import Sam1, build_sam1
 
 OF_ENCODER = ("encoder_patch",)
 OF_DECODER = ("prompt_embed", "decoder_mask_token")
@@ -141,6 +142,23 @@ class HookedSam:
                 f"{'pictures' if hook.component in OF_ENCODER else 'prompts'}; is it inside windowed attention?"
             )
         return value
+
+
+@torch.no_grad()
+def patch_width(model: nn.Module, hook: str | None, name: str) -> int:
+    """Channels of a model's patch features, taken at `hook` (None: the usual place). name: for messages.
+
+    A `Sam1` is asked without computing anything; other models see an empty picture.
+    """
+    device = next(model.parameters()).device
+    if isinstance(model, Sam1):
+        device = torch.device("meta")
+        with device:
+            model = build_sam1(model.type, model.image_size)
+    hooked = HookedSam(model, {"encoder_patch": hook}, name=name, announce=False)
+    patch = hooked.encode(torch.zeros(1, 3, model.image_size, model.image_size, device=device))
+    hooked.remove()
+    return patch.features["encoder_patch"].shape[1]
 
 
 def as_maps(value: Tensor, hook: Hook) -> Tensor:

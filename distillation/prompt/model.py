@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from distillation.prompt import everything
 from distillation.prompt.batch import PromptBatch
 from distillation.prompt.config import EpochSettings, PromptDistillConfig
-from distillation.prompt.hooked import Encoded, HookedSam
+from distillation.prompt.hooked import Encoded, HookedSam, patch_width
 from distillation.prompt.hooks import COMPONENTS
 from distillation.prompt.losses import TASK_TERMS, all_finite, foreground_loss, task_loss
 from distillation.prompt.objective import Objective
 from distillation.prompt.prompts import Prompts, grid
 from distillation.prompt.teachers import Teacher
-from sam3.sam.sam1 import Sam1, build_sam1
+from sam3.sam.sam1 import Sam1
 
 
 @dataclass
@@ -237,23 +237,6 @@ class PromptDistiller(nn.Module):
         candidates = (found.ious, matched) if whole else None
         sizes = size.expand(len(pairs), 2)
         return Seen(found.masks, found.pair_ious, masks[pairs.objects], sizes, student, teachers, candidates)
-
-
-@torch.no_grad()
-def patch_width(model: nn.Module, hook: str | None, name: str) -> int:
-    """Channels of a model's patch features, taken at `hook` (None: the usual place). name: for messages.
-
-    A `Sam1` is asked without computing anything; other models see an empty picture.
-    """
-    device = next(model.parameters()).device
-    if isinstance(model, Sam1):
-        device = torch.device("meta")
-        with device:
-            model = build_sam1(model.type, model.image_size)
-    hooked = HookedSam(model, {"encoder_patch": hook}, name=name, announce=False)
-    patch = hooked.encode(torch.zeros(1, 3, model.image_size, model.image_size, device=device))
-    hooked.remove()
-    return patch.features["encoder_patch"].shape[1]
 
 
 def _rows_of(

@@ -89,18 +89,20 @@ def make_recipe(config: PromptDistillConfig) -> MakeRecipe:
 
 
 def parameter_groups(distiller: PromptDistiller, config: PromptDistillConfig) -> list[dict]:
-    """Optimizer groups with and without weight decay: the image encoder's, with its `lr_scale`, then all others'.
+    """Optimizer groups with and without weight decay: the image encoder's, with its `lr_scale`, those of the
+    other two parts, and the projections'.
 
     ValueError if everything is frozen.
     """
     student, decay = distiller.student, config.train.weight_decay
-    rest = nn.ModuleList([student.prompt_encoder, student.mask_decoder, distiller.objective])
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError("all parts of the student are frozen; set one of freeze.* false, or freeze.unfreeze_epoch")
+    decoders = nn.ModuleList([student.prompt_encoder, student.mask_decoder])
+    scales = (config.train.encoder_lr_scale, 1.0, 1.0)
     groups: list[dict] = []
-    for part, scale in ((student.image_encoder, config.train.encoder_lr_scale), (rest, 1.0)):
+    for part, scale in zip((student.image_encoder, decoders, distiller.objective), scales, strict=True):
         if any(p.requires_grad for p in part.parameters()):
             groups += [{**group, "lr_scale": scale} for group in optim.parameter_groups(part, decay)]
-    if not groups:
-        raise ValueError("all parts of the student are frozen; set one of freeze.* false, or freeze.unfreeze_epoch")
     return groups
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from distillation.prompt.config import PromptDistillConfig, TeacherSettings
 from distillation.prompt.prompts import Prompts
 from distillation.prompt.store_format import (
+    FAILED_FILE,
     FILES,
     IOUS,
     META_FILE,
+    PROMPT_SETTINGS,
     SCRIPT,
     PromptRecord,
     feature_path,
@@ -51,6 +53,7 @@ def expected_of(config: PromptDistillConfig, teacher: TeacherSettings) -> dict[s
         "tap": config.distillation.prompt_embed.tap,
         "components": config.distillation.losses,
         "hooks": teacher.hooks,
+        "prompts": {name: getattr(config.dataset, name) for name in PROMPT_SETTINGS},
     }
 
 
@@ -91,15 +94,18 @@ class FeatureStore:
     def check(self, expected: Mapping[str, Any]) -> None:
         """Compare the store with what a training wants: ValueError naming all that differs.
 
-        expected: see `expected_of`; fields may be left out. grid_points counts in everything mode only, tap and
-        multimask only if a component depends on them.
+        expected: see `expected_of`; fields may be left out. What belongs to certain prompts counts only if one of the
+        components does: the mode, how prompts were drawn, grid_points in everything mode; as tap and multimask do.
         """
         components, hooks = expected.get("components", ()), expected.get("hooks", {})
         if unknown := [name for name in components if name not in FILES]:
             raise ValueError(f"a store holds no {', '.join(unknown)}; choose from {', '.join(FILES)}")
         meta = self.meta
+        bound = [name for name in components if self.is_per_prompt(name)]
+        grid = expected.get("mode", meta["mode"]) == "everything"
         irrelevant = {
-            "grid_points": expected.get("mode", meta["mode"]) != "everything",
+            "mode": not bound,
+            "grid_points": not (bound and grid),
             "tap": "prompt_embed" not in components,
             "multimask": "dense_mask_logits" not in components,
         }
@@ -114,7 +120,13 @@ class FeatureStore:
             found = meta["hooks"].get(name, ())
             if name in hooks and _plain(hooks[name]) not in map(_plain, found):
                 faults.append(f"hook of {name}: found {' = '.join(found) or 'none'}, wanted {hooks[name]}")
-        if meta["prompts"]["source"] == "none" and (bound := [name for name in components if self.is_per_prompt(name)]):
+        if bound and not grid:
+            faults += [
+                f"{name}: found {meta['prompts'][name]!r}, wanted {value!r}"
+                for name, value in expected.get("prompts", {}).items()
+                if meta["prompts"].get(name, value) != value
+            ]
+        if bound and meta["prompts"]["source"] == "none":
             faults.append(f"prompts: found none, wanted those of masks for {', '.join(bound)}")
         if faults:
             raise ValueError(
@@ -127,6 +139,12 @@ class FeatureStore:
     def is_per_prompt(self, component: str) -> bool:
         """See the function of this name."""
         return is_per_prompt(component, self.meta)
+
+    def failed(self) -> set[str]:
+        """Pictures that could not be extracted, as extraction lists them; training cannot use them either."""
+        path = self.folder / FAILED_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return {line.partition("\t")[0] for line in lines}
 
     def missing(self, keys: Sequence[str], components: Collection[str] = ()) -> list[str]:
         """Those of `keys` that lack their prompts or a file of one of `components`: names alone, no file is opened."""

@@ -34,6 +34,8 @@ from sam3.engine.files import atomic_path
 FORMAT_VERSION = 1
 KIND = "teacher features for prompt distillation"
 META_FILE = "meta.json"
+FAILED_FILE = "failed.txt"  # beside the features of a split: a line for each picture that failed, its key first
+PROMPT_SETTINGS = ("prompt_mode", "min_points", "max_points", "max_bbox_shift")  # how prompts are drawn from masks
 PROMPTS_FILE = "prompts.npz"
 FILES = {  # loss that a component is for -> end of its file name, also its name on the command line
     "encoder_patch": "enc_patch",

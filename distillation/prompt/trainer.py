@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ from sam3.sam.sam1 import Sam1, build_sam1
 from sam3.sam1_files import load_sam1, save_sam1
 
 KIND = "prompt distillation"
-EXPORT = "mobile_sam.pt"
 STUDENT = "student."  # of the keys in checkpoints; those of the projections begin with `objective.distill_projections.`
 # Settings that may not change when a checkpoint is resumed: going on would mean something else.
 RESUME_KEYS = (
     *("model.type", "model.image_size", "model.multimask_output", "freeze", "train.seed", "train.freeze_bn"),
     *("dataset.mode", "dataset.prompt_mode", "dataset.grid_points", "dataset.min_points", "dataset.max_points"),
     *("dataset.max_bbox_shift", "distillation.enable", *(f"distillation.{name}.enable" for name in LOSSES)),
-    *("distillation.encoder_patch.projection", "distillation.hooks"),
+    *("dataset.max_masks", "distillation.encoder_patch.projection", "distillation.prompt_embed.tap"),
+    "distillation.hooks",
 )
 logger = logging.getLogger("sam3.distillation")
 
@@ -50,13 +51,13 @@ class PromptTrainer:
     # What can be done -------------------------------------------------------------------------------------------------
 
     def train(self, argv: Sequence[str]) -> int:
-        """Train to the end and write the best student as `mobile_sam.pt`. Returns the exit code."""
+        """Train to the end and write the best student in the published layout. Returns the exit code."""
         self._refuse_to_mix()
         code = self.run.train(argv)
         if self.world.is_main:
             best = self.output / checkpoint.BEST
             source = best if best.is_file() else checkpoint.newest(self.output)
-            export_checkpoint(source, self.output / EXPORT)
+            export_checkpoint(source, self.output / export_name(self.config.model.type))
         distributed.barrier()
         return code
 
@@ -143,16 +144,19 @@ class PromptTrainer:
                     f"teacher {teacher.name} takes pictures of {teacher.image_size} pixels, the student of "
                     f"{self.config.model.image_size}; set model.image_size, or model.image_size in the teacher's cfg"
                 )
+        if len(found) < len(self.config.teachers):  # optional ones are missing, as the log says: the others share
+            there = {teacher.name for teacher in found}
+            self.config = replace(self.config, teachers=tuple(t for t in self.config.teachers if t.name in there))
         return found
 
     @cached_property
     def distiller(self) -> PromptDistiller:
-        return PromptDistiller(self.student, self.config, self.teachers).to(self.world.device)
+        teachers = self.teachers  # may change the config
+        return PromptDistiller(self.student, self.config, teachers).to(self.world.device)
 
     @cached_property
     def run(self) -> TrainingRun:
-        config = self.config
-        dataset, distiller = self.dataset, self.distiller
+        dataset, distiller, config = self.dataset, self.distiller, self.config
         if not self._resumes():
             self._start()
         distiller.add_projections({name: store.encoder_channels for name, store in (self.stores or {}).items()})
@@ -191,7 +195,7 @@ class PromptTrainer:
             "kind": KIND,
             "type": self.config.model.type,
             "image_size": self.config.model.image_size,
-            "teachers": list(self.config.teacher_weights) if self.config.distills else [],
+            "teachers": self.config.teacher_weights if self.config.distills else {},
         }
 
     def plan_lines(self) -> dict[str, str]:
@@ -252,6 +256,11 @@ class PromptTrainer:
         return Validator(self.distiller, loader, self.world, amp_dtype, metrics)
 
 
+def export_name(type: str) -> str:
+    """File name of an exported student."""
+    return "mobile_sam.pt" if type == "vit_t" else f"sam_{type}.pt"
+
+
 def freeze_unused(student: Sam1) -> None:
     """No gradients for what no prompt of this training reaches: mask prompts, and MobileSAM's classifier."""
     unused = [student.prompt_encoder.mask_downscaling]
@@ -277,7 +286,8 @@ def export_checkpoint(source: str | Path, target: str | Path) -> None:
 
 def _require_features(store: FeatureStore, keys: Sequence[str], losses: Sequence[str]) -> None:
     """FileNotFoundError before the first step, rather than in the middle of an epoch."""
-    if missing := store.missing(keys, losses):
+    failed = store.failed()
+    if missing := [key for key in store.missing(keys, losses) if key not in failed]:
         raise FileNotFoundError(
             f"{store.root} lacks features of {len(missing)} of {len(keys)} training pictures: "
             f"{weights.list_names(missing)}. Write them with scripts/extract_teacher_features.py, whose command "

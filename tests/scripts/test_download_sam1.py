@@ -48,8 +48,9 @@ class Site:
         """What GitHub says about the file."""
         body = self.server.files[f"raw/{self.mobile}"]
         sha = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-        stated = {"size": len(body), "sha": sha, "download_url": f"{self.server.url}/raw/{self.mobile}", **changes}
-        self.server.files[f"contents/{self.mobile}"] = json.dumps(stated).encode()
+        link = f"{self.server.url}/raw/{self.mobile}"
+        stated = {"name": self.mobile, "size": len(body), "sha": sha, "download_url": link, **changes}
+        self.server.files["contents"] = json.dumps([{"name": "README.md"}, stated]).encode()
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +158,8 @@ def test_a_strange_description_is_refused(site: Site, changes: dict[str, object]
 
 def test_a_description_that_is_none_is_refused(site: Site) -> None:
     for stated in (b"<html>", b"[]", b'{"message": "moved"}'):
-        site.server.files["contents/mobile_sam.pt"] = stated
-        with pytest.raises(ValueError, match=r"contents/mobile_sam\.pt describes no file"):
+        site.server.files["contents"] = stated
+        with pytest.raises(ValueError, match=r"contents describes no file"):
             site.run("vit_t")
 
 
@@ -199,7 +200,7 @@ def test_a_full_disk_is_noticed_before_fetching(site: Site, monkeypatch: pytest.
         ("vit_h", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
         ("vit_l", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth"),
         ("vit_b", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"),
-        ("vit_t", "https://api.github.com/repos/ChaoningZhang/MobileSAM/contents/weights/mobile_sam.pt"),
+        ("vit_t", "https://api.github.com/repos/ChaoningZhang/MobileSAM/contents/weights"),
     ],
 )
 def test_without_a_network_it_says_what_to_do_in_one_line(

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sam3.sam1_files import load_sam1
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -31,6 +33,7 @@ def test_quickstart_ends_with_a_table_and_pictures(tmp_path: Path):
     assert Image.open(output / "prediction.png").format == "PNG"
     assert "11 of 11 checks passed" in done.stdout
     assert Image.open(output / "distilled_prediction.png").format == "PNG"
+    assert len(load_sam1(output / "prompt_distillation/mobile_sam.pt", "vit_t").state_dict()) == 439
     _, before, after, tuned = json.loads((output / "evaluation.json").read_text())["models"]
     assert after["cosine"] > before["cosine"] + 0.2
     assert tuned["cosine"] > before["cosine"] + 0.2

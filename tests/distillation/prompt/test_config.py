@@ -112,7 +112,13 @@ def test_wrong_model_files_are_refused(tmp_path: Path, text: str, message: str):
         ({"teachers": [{"checkpoint": "t.pt"}]}, "teachers"),
         ({"teachers": [{**TEACHER, "name": "mse"}]}, "part of a loss"),
         ({"dataset": {"min_points": 4}}, "max_points 3 is below"),
-        ({"dataset": {"mode": "everything"}, "distillation": {"prompt_embed": {"tap": "output_keys"}}}, "input_keys"),
+        (
+            {
+                "dataset": {"mode": "everything"},
+                "distillation": {"prompt_embed": {"enable": True, "tap": "output_keys"}},
+            },
+            "input_keys",
+        ),
         ({"model": {"image_size": 1000}}, "multiple of 64"),
         ({"stage_schedule": [{"name": "a", "start_epoch": 2, "end_epoch": 2}]}, "wanted 0 <= start_epoch"),
         (

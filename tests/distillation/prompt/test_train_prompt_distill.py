@@ -214,8 +214,7 @@ def test_plan_and_validation_leave_no_files(models: Path, photos: Path, tmp_path
         ),
         ({"distillation__encoder_patch": {"enable": True, "projection": "none"}}, "192 channels.*256"),
         (
-            {"freeze": dict.fromkeys(("freeze_image_encoder", "freeze_prompt_encoder", "freeze_mask_decoder"), True),
-             "distillation": {}, "teachers": []},
+            {"freeze": dict.fromkeys(("freeze_image_encoder", "freeze_prompt_encoder", "freeze_mask_decoder"), True)},
             "all parts of the student are frozen",
         ),
     ],
@@ -231,6 +230,8 @@ def test_what_does_not_fit_is_named(models: Path, photos: Path, tmp_path: Path, 
     ("changed", "message"),
     [
         ({"dataset__mode": "everything"}, "mode: found 'single', wanted 'everything'"),
+        ({"dataset__prompt_mode": "box"}, "prompt_mode: found 'point', wanted 'box'"),
+        ({"dataset__prompt_mode": "point", "dataset__max_points": 2}, "max_points: found 3, wanted 2"),
         ({"distillation__prompt_embed": {"enable": True, "tap": "output_keys"}}, "tap"),
         ({"model__multimask_output": True}, "multimask"),
         ({"model__image_size": 192}, "image_size: found 128, wanted 192"),
