@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from distillation.prompt.config import PromptDistillConfig, load_config
-from distillation.prompt.trainer import PromptTrainer, export_checkpoint, export_name
+from distillation.prompt.remarks import remarks
+from distillation.prompt.trainer import PromptTrainer, export_checkpoint
 from sam3.engine import distributed, log
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.rng import seed_everything
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed.start(config.train.device) as world:
         output = Path(config.model.save_path)
         log.setup(None if args.dry_run or args.validate else output, world.rank)
-        for message in config.warnings():
+        for message in remarks(config):
             logger.warning(message)
         seed_everything(config.train.seed + world.rank)
         trainer = PromptTrainer(config, world, args.max_steps)
@@ -62,10 +63,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     mode.add_argument("--validate", action="store_true", help="validate once, and end")
     mode.add_argument("--export", metavar="CHECKPOINT", help="write its student in the published layout, and end")
-    parser.add_argument("--output", default=export_name("vit_t"), metavar="FILE", help="of --export")
+    parser.add_argument(
+        "--output", metavar="FILE", help="of --export (default: mobile_sam.pt, for a ViT sam_<type>.pt)"
+    )
     args = parser.parse_args(argv)
     if not args.config and not args.export:
         parser.error("--config is needed; see configs/prompt_mixed.yaml")
+    if args.output and not args.export:
+        parser.error("--output is for --export; a run's folder is --opts model.save_path=DIR")
+    if args.export and (args.config or args.opts or args.resume):
+        parser.error("--export takes all it needs from the checkpoint; leave --config, --opts and --resume out")
     if args.max_steps < 0:
         parser.error(f"--max-steps must not be negative, got {args.max_steps}")
     return args

@@ -18,13 +18,6 @@ from sam3.engine import settings
 LOSSES = (*COMPONENTS, "dense_mask_logits")  # the order is that of tables and logs
 LOSS_PARTS = ("mse", "cos", "kl", "focal")
 Sam1Type = Literal["vit_h", "vit_l", "vit_b", "vit_t", "vit_tiny"]
-# What a model file may state beside its type, and must state rightly.
-ENCODERS = {
-    "vit_h": {"embed_dim": 1280, "num_heads": 16},
-    "vit_l": {"embed_dim": 1024, "num_heads": 16},
-    "vit_b": {"embed_dim": 768, "num_heads": 12},
-}
-DECODER_DEPTH, PATCH_SIZE = 2, 16
 
 
 # What the losses compare ----------------------------------------------------------------------------------------------
@@ -135,7 +128,7 @@ class TeacherSettings:
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: fp16 on a GPU, fp32 on the CPU
     hooks: dict[str, str] = field(default_factory=dict)
     precomputed_dir: str | None = None  # None: <precomputed_root>/<name>
-    optional: bool = False  # a missing checkpoint leaves the teacher out, with a warning
+    optional: bool = False  # a missing checkpoint, though not a missing store, leaves it out, with a warning
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -330,7 +323,8 @@ class PromptDistillConfig:
         for first, second in itertools.pairwise(ordered):
             if second.start_epoch < first.end_epoch:
                 raise ValueError(f"stage_schedule: {first.name!r} and {second.name!r} share epochs")
-        if not any(getattr(self.train.loss_weights, f.name) for f in fields(LossWeights)) and not self.distills:
+        terms = [f.name for f in fields(LossWeights) if f.name != "cls" or self.dataset.mode == "everything"]
+        if not any(getattr(self.train.loss_weights, name) for name in terms) and not self.distills:
             raise ValueError("train.loss_weights are all 0 and distillation is off; nothing would be learnt")
 
     @property
@@ -362,24 +356,6 @@ class PromptDistillConfig:
             return {name: weight / total for name, weight in given.items()}
         return given
 
-    def warnings(self) -> list[str]:
-        """What works, but may not be meant."""
-        found = []
-        if self.distillation.enable and not self.distillation.losses:
-            found.append("distillation.enable is true, but none of its losses is; this is plain fine-tuning")
-        if not self.distills:
-            return found
-        total = sum(self.teacher_weights.values())
-        if abs(total - 1) > 1e-6:
-            found.append(f"the teachers' weights add up to {total:g}, not 1; they are used as they are")
-        pairs = {"prompt_embed": ("w_mse", "w_cos"), "dense_mask_logits": ("w_kl", "w_focal")}
-        for loss, names in pairs.items():
-            first, second = (getattr(getattr(self.distillation, loss), name) for name in names)
-            if loss in self.distillation.losses and abs(first + second - 1) > 1e-6:
-                said = f"distillation.{loss}: {names[0]} {first:g} and {names[1]} {second:g}"
-                found.append(f"{said} do not add up to 1; they are used as they are")
-        return found
-
     def store_folder(self, teacher: TeacherSettings) -> Path:
         """Where a teacher's features lie."""
         return Path(teacher.precomputed_dir or Path(self.distillation.precomputed_root, teacher.name))
@@ -407,38 +383,3 @@ def load_config(path: str | Path, opts: Sequence[str] = ()) -> PromptDistillConf
     values = settings.read_mapping(path)
     settings.override(values, opts)
     return PromptDistillConfig.from_dict(values, f"{path} with --opts" if opts else str(path))
-
-
-# Model files ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """The block `model` of a file such as configs/sam_vith.yaml. The sizes may be left out."""
-
-    type: Sam1Type
-    name: str = ""
-    image_size: int | None = None
-    checkpoint: str = ""
-    patch_size: int = PATCH_SIZE
-    embed_dim: int | None = None
-    num_heads: int | None = None
-    decoder_depth: int = DECODER_DEPTH
-
-    def __post_init__(self) -> None:
-        known = {"patch_size": PATCH_SIZE, "decoder_depth": DECODER_DEPTH, **ENCODERS.get(self.type, {})}
-        for name, wanted in known.items():
-            if getattr(self, name) not in (None, wanted):
-                raise ValueError(f"model.{name} is {getattr(self, name)}, but {self.type} has {wanted}")
-
-
-def load_model_file(path: str | Path) -> ModelFile:
-    """A model file, YAML or JSON. ValueError if it lacks the block `model` or its type."""
-    values = settings.read_mapping(path)
-    block = values.get("model")
-    if set(values) != {"model"} or not isinstance(block, Mapping) or "type" not in block:
-        raise ValueError(
-            f"{path} is no model file: wanted the one block `model` with a `type`, found "
-            f"{', '.join(map(str, values)) or 'nothing'}; see configs/sam_vith.yaml"
-        )
-    return settings.build(ModelFile, block, str(path), "model.")

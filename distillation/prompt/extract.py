@@ -91,7 +91,7 @@ def describe(teacher: Teacher, settings: ExtractSettings, encoder_channels: int)
         "components": list(settings.components),
         "enc_projection": settings.enc_projection,
         "encoder_channels": encoder_channels,
-        "tap": settings.tap,
+        "tap": teacher.embed_tap or settings.tap,
         "multimask": settings.multimask,
         "hooks": teacher.hooks,
         "prompts": prompts,

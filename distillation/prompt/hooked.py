@@ -90,9 +90,8 @@ class HookedSam:
 
     def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool) -> Decoded:
         """embedding: `(1|P, C, G, G)`. multimask: three masks of a prompt rather than one. ValueError as `encode`."""
-        points = None if prompts.points is None else (prompts.points, prompts.labels)
         with self._listening(OF_DECODER) as kept:
-            result = self.model.decode(embedding, points, prompts.boxes, multimask)
+            result = self.model.decode(embedding, *prompts.arguments(), multimask)
         features = {}
         for component, captures in kept.items():
             hook = self.hooks[component]
@@ -150,13 +149,14 @@ def patch_width(model: nn.Module, hook: str | None, name: str) -> int:
 
     A `Sam1` is asked without computing anything; other models see an empty picture.
     """
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
     if isinstance(model, Sam1):
-        device = torch.device("meta")
+        device, dtype = torch.device("meta"), torch.float32
         with device:
             model = build_sam1(model.type, model.image_size)
     hooked = HookedSam(model, {"encoder_patch": hook}, name=name, announce=False)
-    patch = hooked.encode(torch.zeros(1, 3, model.image_size, model.image_size, device=device))
+    patch = hooked.encode(torch.zeros(1, 3, model.image_size, model.image_size, device=device, dtype=dtype))
     hooked.remove()
     return patch.features["encoder_patch"].shape[1]
 

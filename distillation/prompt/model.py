@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distillation.prompt import everything
 from distillation.prompt.batch import PromptBatch
@@ -116,11 +117,16 @@ class PromptDistiller(nn.Module):
         return {"task_loss": total, **losses}
 
     def _freeze(self, epoch: int) -> None:
-        """Parts that are frozen only for some epochs; those that are frozen for good never needed gradients."""
+        """Parts that are frozen in this epoch; those that are frozen for good never needed gradients."""
         if self.config.freeze.unfreeze_epoch and self.training:
             frozen = self.config.freeze.parts(epoch)
             for name in self.config.freeze.parts(0):
                 getattr(self.student, name).requires_grad_(name not in frozen)
+            freeze_unused(self.student)
+        for name in self.config.freeze.parts(epoch):
+            for module in getattr(self.student, name).modules():
+                if isinstance(module, _BatchNorm):  # frozen, its statistics stay, too
+                    module.eval()
 
     # One prompt for each picture --------------------------------------------------------------------------------------
 
@@ -129,7 +135,7 @@ class PromptDistiller(nn.Module):
     ) -> Seen:
         multimask = self.config.model.multimask_output
         decoded = self.hooked.decode(encoded.embedding, batch.prompts, multimask)
-        student = {**encoded.features, **decoded.features, "dense_mask_logits": decoded.masks, "ious": decoded.ious}
+        student = _features({**encoded.features, **decoded.features}, decoded.masks, decoded.ious)
         features: dict[str, Mapping[str, Tensor]] = {}
         if now.lambda_coef:
             features = batch.features or {
@@ -146,12 +152,7 @@ class PromptDistiller(nn.Module):
         if not teacher.needs_decoder:
             return dict(encoded.features)
         decoded = teacher.decode(encoded.embedding, prompts, self.config.model.multimask_output)
-        return {
-            **encoded.features,
-            **decoded.features,
-            "dense_mask_logits": decoded.masks,
-            "ious": decoded.ious,
-        }
+        return _features({**encoded.features, **decoded.features}, decoded.masks, decoded.ious)
 
     def _check_once(self, features: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The first features of each teacher must be finite; later ones would be found by their gradients."""
@@ -214,29 +215,44 @@ class PromptDistiller(nn.Module):
         chunk, multimask = self.config.everything.points_per_batch, self.config.model.multimask_output
         overlaps = everything.match(self.hooked.decode, embedding, prompts, masks, multimask, chunk)
         pairs = everything.assign(overlaps, self.config.everything.match_iou_threshold)
-        distils = now.lambda_coef > 0
-        tokens = distils and "decoder_mask_token" in self.config.distillation.losses
-        whole = tokens or now.loss_weights.cls > 0
-        found = everything.decode_grid(self.hooked.decode, embedding, prompts, pairs, multimask, chunk, whole)
-        student = {**found.features, "dense_mask_logits": found.masks, "ious": found.pair_ious}
+        losses = self.config.distillation.losses if now.lambda_coef else ()
+        tokens, scores = "decoder_mask_token" in losses, now.loss_weights.cls > 0
+        found = everything.decode_grid(
+            self.hooked.decode, embedding, prompts, pairs, multimask, chunk, whole=tokens or scores
+        )
         teachers: dict[str, Mapping[str, Tensor]] = {}
-        for teacher in self.teachers if distils else ():
-            with torch.no_grad():
-                theirs = everything.decode_grid(
-                    teacher.decode, teaching[teacher.name].embedding, prompts, pairs, multimask, chunk, whole
-                )
-            teachers[teacher.name] = {
-                **theirs.features,
-                "dense_mask_logits": theirs.masks,
-                "ious": theirs.pair_ious,
-            }
-        for name, features in stored.items() if distils else ():
+        for teacher in self.teachers if losses else ():
+            teachers[teacher.name] = {}
+            if teacher.needs_decoder:
+                dense = pairs if "dense_mask_logits" in losses else everything.NO_PAIRS
+                with torch.no_grad():
+                    theirs = everything.decode_grid(
+                        teacher.decode, teaching[teacher.name].embedding, prompts, dense, multimask, chunk, whole=tokens
+                    )
+                teachers[teacher.name] = _features(theirs.features, theirs.masks, theirs.pair_ious)
+        for name, features in stored.items() if losses else ():
             teachers[name] = _stored_pairs(features, pairs)
-        matched = torch.zeros(overlaps.shape[:2], dtype=torch.bool, device=overlaps.device)
-        matched[pairs.prompts, pairs.slots] = True
-        candidates = (found.ious, matched) if whole else None
-        sizes = size.expand(len(pairs), 2)
-        return Seen(found.masks, found.pair_ious, masks[pairs.objects], sizes, student, teachers, candidates)
+        candidates = None
+        if scores:
+            matched = torch.zeros(overlaps.shape[:2], dtype=torch.bool)
+            matched[pairs.prompts, pairs.slots] = True
+            candidates = found.ious, matched.to(embedding.device)
+        student = _features(found.features, found.masks, found.pair_ious)
+        targets, sizes = masks[pairs.objects.to(masks.device)], size.expand(len(pairs), 2)
+        return Seen(found.masks, found.pair_ious, targets, sizes, student, teachers, candidates)
+
+
+def _features(hooked: Mapping[str, Tensor], masks: Tensor, ious: Tensor) -> dict[str, Tensor]:
+    """What hooks captured, with the masks as the fourth feature; see `objective.Features`."""
+    return {**hooked, "dense_mask_logits": masks, "ious": ious}
+
+
+def freeze_unused(student: Sam1) -> None:
+    """No gradients for what no prompt of this training reaches: mask prompts, and MobileSAM's classifier."""
+    unused = [student.prompt_encoder.mask_downscaling]
+    unused += [part for name, part in student.image_encoder.named_children() if name in ("norm_head", "head")]
+    for part in unused:
+        part.requires_grad_(False)
 
 
 def _rows_of(
@@ -257,8 +273,9 @@ def _stored_pairs(features: Mapping[str, Tensor], pairs: everything.Pairs) -> di
     """A picture's stored features, of which the masks are those of the pairs only."""
     chosen = dict(features)
     if "dense_mask_logits" in features:
-        chosen["dense_mask_logits"] = features["dense_mask_logits"][pairs.prompts, pairs.slots][:, None]
-        chosen["ious"] = features["ious"][pairs.prompts, pairs.slots][:, None]
+        device = features["ious"].device
+        prompts, slots = pairs.prompts.to(device), pairs.slots.to(device)
+        chosen |= {name: features[name][prompts, slots][:, None] for name in ("dense_mask_logits", "ious")}
     return chosen
 
 

@@ -106,7 +106,7 @@ class FeatureStore:
         irrelevant = {
             "mode": not bound,
             "grid_points": not (bound and grid),
-            "tap": "prompt_embed" not in components,
+            "tap": "prompt_embed" not in components or "prompt_embed" in hooks,
             "multimask": "dense_mask_logits" not in components,
         }
         faults = [
@@ -121,10 +121,12 @@ class FeatureStore:
             if name in hooks and _plain(hooks[name]) not in map(_plain, found):
                 faults.append(f"hook of {name}: found {' = '.join(found) or 'none'}, wanted {hooks[name]}")
         if bound and not grid:
+            mode = expected.get("prompts", {}).get("prompt_mode")
+            unused = {"box": ("min_points", "max_points"), "point": ("max_bbox_shift",)}.get(mode, ())
             faults += [
                 f"{name}: found {meta['prompts'][name]!r}, wanted {value!r}"
                 for name, value in expected.get("prompts", {}).items()
-                if meta["prompts"].get(name, value) != value
+                if name not in unused and meta["prompts"].get(name, value) != value
             ]
         if bound and meta["prompts"]["source"] == "none":
             faults.append(f"prompts: found none, wanted those of masks for {', '.join(bound)}")

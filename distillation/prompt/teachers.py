@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.prompt.config import LOSSES, DistillationSettings, TeacherSettings, load_model_file
+from distillation.prompt.config import LOSSES, DistillationSettings, TeacherSettings
 from distillation.prompt.foreign_sams import fetch_transformers, load_segment_anything, load_transformers
 from distillation.prompt.hooked import OF_DECODER, Decoded, Encoded, HookedSam
 from distillation.prompt.hooks import COMPONENTS
+from distillation.prompt.model_file import load_model_file
 from distillation.prompt.prompts import Prompts
 from distillation.teachers.teacher import place
 from sam3.engine.files import sha256
@@ -70,6 +71,12 @@ class Teacher:
     def hooks(self) -> dict[str, list[str]]:
         """Component -> the hook string that was asked for, and the place that it means in this model."""
         return {component: [hook.asked, str(hook)] for component, hook in self._sam.hooks.items()}
+
+    @property
+    def embed_tap(self) -> str | None:
+        """Of prompt_embed, by what its hook really does: before (`input_keys`) or after the prompts have met it."""
+        hook = self._sam.hooks.get("prompt_embed")
+        return None if hook is None else "input_keys" if hook.before_prompts else "output_keys"
 
     @property
     def needs_decoder(self) -> bool:

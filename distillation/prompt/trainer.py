@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from distillation.prompt.config import LOSSES, PromptDistillConfig
+from distillation.prompt.config import LOSSES, DistillationSettings, PromptDistillConfig
 from distillation.prompt.dataset import PromptDataset, open_dataset
-from distillation.prompt.model import PromptDistiller
+from distillation.prompt.model import PromptDistiller, freeze_unused
 from distillation.prompt.recipe import BEST_METRIC, make_recipe, run_keys, tags
 from distillation.prompt.store import FeatureStore, expected_of
 from distillation.prompt.teachers import Teacher, build_teachers
@@ -63,6 +63,7 @@ class PromptTrainer:
 
     def validate(self) -> int:
         """Validate once: the weights of `train.resume`, else the newest of the run, else those it would start from."""
+        self.config = replace(self.config, distillation=DistillationSettings())  # teachers say nothing here
         path = self.keys.MODEL.RESUME if self.keys.MODEL.RESUME not in ("", "auto") else checkpoint.newest(self.output)
         if path:
             self._load(Path(path))
@@ -138,12 +139,6 @@ class PromptTrainer:
         found = build_teachers(
             self.config.teachers, self.config.distillation, self.world.device, self.config.model.image_size
         )
-        for teacher in found:
-            if teacher.image_size != self.config.model.image_size:
-                raise ValueError(
-                    f"teacher {teacher.name} takes pictures of {teacher.image_size} pixels, the student of "
-                    f"{self.config.model.image_size}; set model.image_size, or model.image_size in the teacher's cfg"
-                )
         if len(found) < len(self.config.teachers):  # optional ones are missing, as the log says: the others share
             there = {teacher.name for teacher in found}
             self.config = replace(self.config, teachers=tuple(t for t in self.config.teachers if t.name in there))
@@ -195,7 +190,7 @@ class PromptTrainer:
             "kind": KIND,
             "type": self.config.model.type,
             "image_size": self.config.model.image_size,
-            "teachers": self.config.teacher_weights if self.config.distills else {},
+            "teachers": list(self.config.teacher_weights) if self.config.distills else [],
         }
 
     def plan_lines(self) -> dict[str, str]:
@@ -261,16 +256,11 @@ def export_name(type: str) -> str:
     return "mobile_sam.pt" if type == "vit_t" else f"sam_{type}.pt"
 
 
-def freeze_unused(student: Sam1) -> None:
-    """No gradients for what no prompt of this training reaches: mask prompts, and MobileSAM's classifier."""
-    unused = [student.prompt_encoder.mask_downscaling]
-    unused += [part for name, part in student.image_encoder.named_children() if name in ("norm_head", "head")]
-    for part in unused:
-        part.requires_grad_(False)
+def export_checkpoint(source: str | Path, target: str | Path | None = None) -> None:
+    """Write a training checkpoint's student in the published layout. ValueError for a checkpoint of another kind.
 
-
-def export_checkpoint(source: str | Path, target: str | Path) -> None:
-    """Write a training checkpoint's student in the published layout. ValueError for a checkpoint of another kind."""
+    target: None is `export_name` in the current folder.
+    """
     payload = checkpoint.load(source)
     meta = payload["meta"]
     if meta.get("kind") != KIND:
@@ -280,6 +270,7 @@ def export_checkpoint(source: str | Path, target: str | Path) -> None:
         )
     student = build_sam1(meta["type"], meta["image_size"])
     weights.load_strict(student, weights.strip_prefix(payload["model"], STUDENT), source=source)
+    target = Path(target or export_name(meta["type"]))
     save_sam1(student, target)
     logger.info(f"exported {target}, a {meta['type']} of {source}")
 

@@ -51,6 +51,7 @@ class Validator:
         The main process records pictures: the masks as annotated, and the student's.
         """
         sums: dict[str, Tensor | float] = {"iou": 0.0, "dice": 0.0}
+        seen: set[str] = set()  # a sample that cannot be used is replaced by the next one, which counts once
         count = shown = 0
         self._last = None  # of other weights
         for batch in self.loader:
@@ -59,10 +60,12 @@ class Validator:
                 masks = self.answers(batch)
             inside = _inside(batch, masks)
             truth = batch.masks[:, 0].bool()
-            iou = mask_iou(masks, truth, inside)
+            new = torch.tensor([key not in seen for key in batch.keys]).repeat_interleave(torch.tensor(batch.counts))
+            seen.update(batch.keys)
+            iou = mask_iou(masks, truth, inside)[new.to(masks.device)]
             sums["iou"] = sums["iou"] + iou.sum()
             sums["dice"] = sums["dice"] + (2 * iou / (1 + iou)).sum()
-            count += len(masks)
+            count += len(iou)
             if self.world.is_main and shown < NUM_PICTURES:
                 self.metrics.image(step, f"val/annotated_student/{batch.keys[0]}", draw(batch, masks & inside))
                 shown += 1
@@ -85,9 +88,9 @@ class Validator:
             prompts = grid(config.dataset.grid_points, tuple(batch.sizes[i].tolist())).to(batch.images.device)
             one, masks = embedding[i : i + 1], batch.masks[first : first + count]
             pairs = everything.assign(everything.match(student.decode, one, prompts, masks, multimask, chunk), 0.0)
-            answers = everything.decode_grid(student.decode, one, prompts, pairs, multimask, chunk, everything=False)
+            answers = everything.decode_grid(student.decode, one, prompts, pairs, multimask, chunk, whole=False)
             missed = masks.new_zeros(masks[:, 0].shape, dtype=torch.bool)
-            missed[pairs.objects] = answers.masks[:, 0] > 0
+            missed[pairs.objects.to(missed.device)] = answers.masks[:, 0] > 0
             found.append(missed)
             first += count
         return torch.cat(found)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillation.prompt.config import load_model_file
+from distillation.prompt.model_file import load_model_file
 from sam3.sam1_files import load_sam1
 from scripts.make_tiny_sam1 import main
 

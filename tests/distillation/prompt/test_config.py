@@ -11,8 +11,9 @@ from distillation.prompt.config import (
     LossWeights,
     PromptDistillConfig,
     load_config,
-    load_model_file,
 )
+from distillation.prompt.model_file import load_model_file
+from distillation.prompt.remarks import remarks
 
 ROOT = Path(__file__).parents[3]
 SNIPPET = """
@@ -61,7 +62,7 @@ def test_the_snippet_means_the_same_in_json_jsonc_and_yaml(tmp_path: Path):
     assert first.distillation.losses == (*("encoder_patch", "prompt_embed", "decoder_mask_token", "dense_mask_logits"),)
     assert first.teacher_weights == {"SAM-H": 0.7, "MobileSAM_orig": 0.3}
     assert first.distillation.decoder_mask_token.temperature == 0.5
-    assert first.train.lr == 1e-5 and not first.warnings()
+    assert first.train.lr == 1e-5 and not remarks(first)
     assert PromptDistillConfig.from_dict(first.to_dict()) == first
 
 
@@ -70,7 +71,7 @@ def test_the_ready_configurations_are_of_their_mode(mode: str):
     ready = load_config(ROOT / f"configs/prompt_{mode}.yaml")
     data = ready.dataset
     assert (data.mode if mode == "everything" else data.prompt_mode) == mode
-    assert len(ready.distillation.losses) == 4 and not ready.warnings()
+    assert len(ready.distillation.losses) == 4 and not remarks(ready)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_weights_that_do_not_add_up_are_used_with_a_warning():
         teachers=[{**TEACHER, "weight": 0.5}, {**TEACHER, "name": "U", "weight": 0.3}],
         distillation={"enable": True, "prompt_embed": {"enable": True, "w_mse": 1.0, "w_cos": 0.3}},
     )
-    first, second = settings.warnings()
+    first, second = remarks(settings)
     assert "add up to 0.8, not 1" in first and "w_mse 1 and w_cos 0.3" in second
     assert settings.teacher_weights == {"T": 0.5, "U": 0.3}
 
@@ -156,7 +157,7 @@ def test_nothing_is_distilled_unless_block_and_loss_are_switched_on():
     assert not config(distillation={"enable": False, **one}, teachers=[TEACHER]).distills
     assert config(distillation={"enable": True, **one}, teachers=[TEACHER]).distillation.losses == ("encoder_patch",)
     empty = config(distillation={"enable": True, "encoder_patch": {"w_l2": 2}})
-    assert not empty.distills and "plain fine-tuning" in empty.warnings()[0]
+    assert not empty.distills and "plain fine-tuning" in remarks(empty)[0]
     assert not config(distillation={"enable": True, "lambda_coef": 0, **one}, teachers=[TEACHER]).distills
 
 
@@ -181,3 +182,22 @@ def test_frozen_parts_are_trained_from_their_epoch_on():
     freeze = config(freeze={"freeze_image_encoder": True, "unfreeze_epoch": 3}).freeze
     assert freeze.parts(2) == ("image_encoder",) and freeze.parts(3) == ()
     assert config(freeze={"freeze_mask_decoder": True}).freeze.parts(99) == ("mask_decoder",)
+
+
+def test_keys_that_cannot_act_are_remarked_on():
+    single = config(train={"loss_weights": {"cls": 1}}, everything={"match_iou_threshold": 0.5})
+    assert [text.partition(" act")[0] for text in remarks(single)] == [
+        "train.loss_weights.cls",
+        "the settings of `everything`",
+    ]
+    grid = config(
+        dataset={"mode": "everything"},
+        teachers=[{**TEACHER, "weight": 1}, {**TEACHER, "name": "U", "weight": 0}],
+        distillation={"enable": True, "dense_mask_logits": {"enable": True, "mask_select": "all"}},
+    )
+    first, second = remarks(grid)
+    assert "mask_select has no effect" in first and "teacher U has weight 0" in second
+    only = {**dict.fromkeys(("bce", "focal", "dice", "iou"), 0), "cls": 1}
+    with pytest.raises(ValueError, match="nothing would be learnt"):
+        config(train={"loss_weights": only})
+    assert config(train={"loss_weights": only}, dataset={"mode": "everything"}).train.loss_weights.cls == 1

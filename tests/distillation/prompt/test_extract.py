@@ -208,6 +208,16 @@ def test_output_keys_multimask_and_raw_features(weights: Path, data: Path, tmp_p
     assert torch.equal(store.read("a", "encoder_patch"), wanted["encoder_patch"][0])
 
 
+def test_a_hook_behind_the_prompts_is_stored_for_each_of_them(weights: Path, data: Path, tmp_path: Path):
+    hook = "prompt_embed=mask_decoder.transformer.layers[0]@out.1"
+    assert run(weights, data, tmp_path / "out", "--splits", "train", "--hooks", hook) == 0
+    assert np.load(tmp_path / "out/train/a_prompt_embed.npy").shape == (2, 256, 16, 16)
+    store = FeatureStore(tmp_path / "out", "train")
+    assert store.is_per_prompt("prompt_embed") and store.meta["tap"] == "output_keys"
+    with pytest.raises(SystemExit):
+        run(weights, data, tmp_path / "other", "--hooks", "prompt_embed")
+
+
 def test_prompts_of_masks_or_none(weights: Path, data: Path, tmp_path: Path):
     assert run(weights, data, tmp_path / "masks", "--prompts", "masks", "--splits", "train") == 0
     assert sorted({path.name.split("_")[0] for path in (tmp_path / "masks" / "train").glob("*.npz")}) == ["a"]

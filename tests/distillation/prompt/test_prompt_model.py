@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from distillation.prompt import everything
 from distillation.prompt.batch import PromptBatch
 from distillation.prompt.config import PromptDistillConfig
 from distillation.prompt.dataset import open_dataset
-from distillation.prompt.model import PromptDistiller
-from distillation.prompt.teachers import build_teachers
+from distillation.prompt.hooked import Decoded
+from distillation.prompt.model import PromptDistiller, freeze_unused
+from distillation.prompt.prompts import grid
+from distillation.prompt.teachers import Teacher, build_teachers
 from sam3.sam1_files import load_sam1
 from tests.distillation.prompt.runs import LOSSES, SIDE, settings
 
@@ -26,6 +29,7 @@ def made(models: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory):
     def make(student: str = "mobile", **changed) -> tuple[PromptDistiller, PromptBatch]:
         config = PromptDistillConfig.from_dict(settings(models, photos, output, **changed))
         model = load_sam1(models / f"{student}.pt", image_size=SIDE)
+        freeze_unused(model)
         teachers = build_teachers(config.teachers, config.distillation, "cpu") if config.distills else []
         distiller = PromptDistiller(model, config, teachers)
         torch.manual_seed(0)
@@ -144,7 +148,7 @@ def test_chunks_of_a_grid_give_the_gradients_of_the_whole(made):
 def test_without_any_pair_a_grid_still_has_a_finite_loss_and_gradients(made):
     distiller, batch = made(dataset__mode="everything", everything__match_iou_threshold=1.1, distillation__enable=False)
     losses = distiller(batch)
-    assert float(losses["task_loss"]) == 0.0
+    assert losses["task_loss"].item() == 0.0
     losses["total"].backward()
     assert all(p.grad is None or not p.grad.any() for p in distiller.parameters())
 
@@ -153,7 +157,7 @@ def test_foreground_scores_are_learnt_from_all_candidates(made):
     weights = {"bce": 0.0, "focal": 0.0, "dice": 0.0, "iou": 0.0, "cls": 1.0}
     distiller, batch = made(dataset__mode="everything", distillation__enable=False, train__loss_weights=weights)
     losses = distiller(batch)
-    assert losses["task/cls"] > 0 and float(losses["total"]) == float(losses["task/cls"])
+    assert losses["task/cls"].item() == losses["total"].item() > 0
 
 
 def test_a_random_part_of_the_grid_is_the_same_in_every_process(made):
@@ -171,3 +175,76 @@ def test_nan_of_a_teacher_is_named(made):
     with pytest.raises(ValueError, match=r"teacher SAM-H gives NaN or infinite decoder_mask_token.*fp32"):
         distiller(batch)
     distiller.teachers[0].model.mask_decoder.mask_tokens.weight.data.zero_()
+
+
+@pytest.mark.parametrize(
+    ("losses", "decoded"),
+    [
+        (["encoder_patch"], 0),
+        (["prompt_embed"], 2),  # one prompt a picture shows it
+        (["decoder_mask_token"], 18),
+        (["dense_mask_logits"], None),  # the prompts of pairs
+    ],
+)
+def test_teachers_decode_a_grid_only_as_far_as_losses_need_it(
+    made, monkeypatch, losses: list[str], decoded: int | None
+):
+    changed = {f"distillation__{name}": {"enable": name in losses} for name in LOSSES}
+    weights = {"cls": 1.0}  # of all prompts, but the student's only
+    distiller, batch = made(
+        dataset__mode="everything", everything__match_iou_threshold=0.0, train__loss_weights=weights, **changed
+    )
+    counts = []
+    decode = Teacher.decode
+    monkeypatch.setattr(Teacher, "decode", lambda self, e, p, m: counts.append(len(p)) or decode(self, e, p, m))
+    losses_of(distiller, batch)
+    pairs = sum(batch.counts)
+    assert sum(counts) == len(distiller.teachers) * (pairs if decoded is None else decoded)
+
+
+@pytest.mark.parametrize("mode", ["single", "everything"])
+def test_half_precision_changes_little(made, mode: str):
+    """Autocast as on a GPU: pixels are counted in full, and gradients reach the same parameters."""
+    found = []
+    for half in (False, True):
+        distiller, batch = made(dataset__mode=mode, everything__match_iou_threshold=0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = distiller(batch)
+        losses["total"].backward()
+        names = {name for name, p in distiller.named_parameters() if p.grad is not None and p.grad.isfinite().all()}
+        found.append((float(losses["total"].detach()), names))
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.02)
+    assert found[0][1] == found[1][1]
+
+
+def test_overlaps_are_exact_under_autocast():
+    masks = torch.zeros(2, 1, 256, 256)
+    masks[0, :, :200, :201], masks[1, :, :200, :199] = 1, 1
+    prompts = grid(1, (1024, 1024))
+
+    def decode(embedding, prompts, multimask) -> Decoded:
+        return Decoded(2 * masks[:1] - 1, torch.ones(1, 1))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything.match(decode, torch.zeros(1), prompts, masks, False, 64)
+    torch.testing.assert_close(found[0, 0], torch.tensor([1.0, 199 / 201]))
+
+
+def test_an_embedding_that_depends_on_the_prompt_is_refused_in_a_grid(made):
+    hook = {"prompt_embed": "mask_decoder.transformer.layers[0]@out.1"}
+    distiller, batch = made(dataset__mode="everything", distillation__hooks={"student": hook})
+    with pytest.raises(ValueError, match="a map for each prompt of the grid"):
+        distiller(batch)
+
+
+def test_statistics_of_a_frozen_encoder_stay(made):
+    distiller, batch = made(freeze={"freeze_image_encoder": True, "unfreeze_epoch": 1}, train__freeze_bn=False)
+    distiller.train()
+    before = {name: value.clone() for name, value in distiller.student.image_encoder.named_buffers()}
+    distiller(batch)
+    assert all(torch.equal(before[name], value) for name, value in distiller.student.image_encoder.named_buffers())
+    batch.epoch = 1
+    distiller.train()
+    distiller(batch)
+    assert not all(torch.equal(before[n], value) for n, value in distiller.student.image_encoder.named_buffers())
+    assert not any(p.requires_grad for p in distiller.student.image_encoder.head.parameters())

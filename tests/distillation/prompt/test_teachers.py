@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from distillation.prompt.config import DistillationSettings, TeacherSettings
+from distillation.prompt.hooked import patch_width
 from distillation.prompt.hooks import COMPONENTS
 from distillation.prompt.prompts import Prompts
 from distillation.prompt.teachers import Teacher, build_teacher, build_teachers
@@ -284,6 +285,12 @@ def test_transformers_gives_the_features_of_our_own_model(checkpoint: Path, hf_f
             assert_same(*pair, tolerance=1e-4)
     assert_same(*(t.features_of(images(1), Prompts(), False) for t in (theirs, ours)), tolerance=1e-4)
     assert theirs.meta["checkpoint"] == hf_folder.name and len(theirs.meta["sha256"]) == 64
+
+
+def test_widths_are_found_in_half_precision_too(hf_folder: Path):
+    named = TeacherSettings("B", checkpoint=str(hf_folder), backend="transformers", dtype="bf16")
+    teacher = build_teacher(named, losses(*ALL), "cpu", SIDE)
+    assert patch_width(teacher.model, None, "B") == 192
 
 
 def test_folders_of_other_models_are_refused(tmp_path: Path, hf_folder: Path):

@@ -159,6 +159,36 @@ def test_two_processes_train_as_one(models: Path, photos: Path, tmp_path: Path):
         assert apart < 0.1 * step, key
 
 
+@pytest.mark.slow
+def test_a_grid_is_resumed_exactly_and_trained_by_two_processes(models: Path, photos: Path, tmp_path: Path):
+    """With a random part of the grid and parts that are frozen at first, so that gradients differ in kind."""
+    changed = {
+        **MODES["everything"],
+        "train__epochs": 2, "train__save_every": 1, "train__keep_last": 0, "train__loss_weights": {"cls": 0.5},
+        "everything__max_points_train": 4, "freeze": {"freeze_image_encoder": True, "unfreeze_epoch": 1},
+    }  # fmt: skip
+    whole, parts, two = (tmp_path / name for name in ("whole", "parts", "two"))
+    assert train(settings(models, photos, whole, **changed)) == 0
+    assert train(settings(models, photos, parts, **changed), "--max-steps", "1") == 0
+    assert train(settings(models, photos, parts, **changed), "--resume", "auto") == 0
+    last = sorted(path.name for path in whole.glob("ckpt_epoch_1*"))[-1]
+    assert_same_weights(whole / last, parts / last)
+    config = write_config(tmp_path / "two.yaml", settings(models, photos, two, **changed))
+    code, text = finish(start(PROGRAM, ["--config", str(config)], processes=2))
+    assert code == 0, text
+    key = "student.image_encoder.neck.2.weight"
+    begin = load_sam1(models / "mobile.pt", "vit_t", SIDE).state_dict()[key.removeprefix("student.")]
+    first, second = (torch.load(two / f"ckpt_epoch_{e}.pth", weights_only=True)["model"][key] for e in (0, 1))
+    assert torch.equal(first, begin) and not torch.equal(second, begin)
+
+
+def test_switched_off_trains_bit_for_bit_as_without_the_block(models: Path, photos: Path, tmp_path: Path):
+    off, absent = tmp_path / "off", tmp_path / "absent"
+    assert train(settings(models, photos, off, distillation__enable=False)) == 0
+    assert train(settings(models, photos, absent, distillation={}, teachers=[])) == 0
+    assert_same_weights(off / "ckpt_epoch_0.pth", absent / "ckpt_epoch_0.pth")
+
+
 def test_stages_and_freezing_act_in_their_epochs(models: Path, photos: Path, tmp_path: Path):
     output = tmp_path / "run"
     values = settings(
@@ -185,7 +215,8 @@ def test_stages_and_freezing_act_in_their_epochs(models: Path, photos: Path, tmp
 def test_it_ends_when_validation_does_not_improve(models: Path, photos: Path, tmp_path: Path, capsys):
     output = tmp_path / "run"
     values = settings(models, photos, output, train__epochs=9, train__lr=0.0, train__early_stop_patience=2)
-    assert train(values) == 0
+    assert train(values, "--max-steps", "4") == 0  # broken off after two epochs
+    assert train(values, "--resume", "auto") == 0
     assert len(metrics(output, "val/iou")) == 3 and "no better val/iou since epoch 0" in capsys.readouterr().out
 
 
