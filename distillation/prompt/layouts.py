@@ -17,6 +17,7 @@ Letters: `H W` rows and columns of a picture.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Protocol
 
@@ -112,7 +113,7 @@ class FolderSource(_Pictures):
         return sorted(name for name in names if name.lower().endswith(MASK_SUFFIX) and not name.startswith("."))
 
 
-class _Annotated(_Pictures):
+class _Annotated(_Pictures, ABC):
     """Masks that come from annotations of whole pictures, of which the last one is kept."""
 
     _last: tuple[str, ImageAnnotations] | None = None
@@ -132,8 +133,9 @@ class _Annotated(_Pictures):
             self._last = key, self._read(key)
         return self._last[1]
 
+    @abstractmethod
     def _read(self, key: str) -> ImageAnnotations:
-        raise NotImplementedError
+        """The annotations of a picture."""
 
 
 class Sa1bSource(_Annotated):
