@@ -2,10 +2,15 @@
 
     python data/make_sample_sa1b.py                          # photos that ship with scikit-image and scikit-learn
     python data/make_sample_sa1b.py --images ~/photos --output data/my-set --num-train 900 --num-val 100 --crops 1
+    python data/make_sample_sa1b.py --scenes --output data/scenes      # drawn objects with names, photos behind them
 
 Every photo gives up to `--crops` pictures: itself and crops of it. No photo serves both splits.
 Masks come from classical segmentation: a picture is cut into regions at four scales, and a region that returns almost
 unchanged at the neighbouring scale is taken for an object or a part. The same arguments give the same files.
+
+With --scenes the pictures are drawn, so that masks are exact and objects have names: "striped red square". Annotation
+files then hold phrases as well, `{"text": ..., "ids": [...]}` with the ids of the annotations that a phrase means; an
+empty list says that there is no such object. No pair of a property and a shape is in both splits.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ import json
 import math
 import os
 import random
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +35,8 @@ from tqdm import tqdm
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import atomic_path
 from sam3.engine.sample_set import claim_folder, digests, list_photos, read_photo
+from sam3.engine.scene_grounds import list_grounds, read_grounds, split_grounds
+from sam3.engine.scenes import MIN_SIZE, make_scene, number_of_scene
 
 JPEG_QUALITY = 92
 
@@ -49,23 +58,39 @@ class Picture:
     crop: int
 
 
+@dataclass(frozen=True)
+class ScenePicture:
+    """One picture of a set of scenes. seed: the number of the scene; photos: what may lie behind its objects."""
+
+    key: str
+    split: str
+    seed: int
+    size: int
+    photos: tuple[Path, ...]
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if find_spec("skimage") is None:
-        raise ValueError('scikit-image is needed to find masks; install it with: pip install -e ".[dev]"')
-    photos = list_photos(arguments.images)
-    pictures = plan(photos, arguments.num_train, arguments.num_val, arguments.crops, arguments.seed)
     root = arguments.output
-    todo = missing_pictures(root, pictures, make_record(arguments, pictures))
+    if arguments.scenes:
+        photos = list_grounds(arguments.images)
+        pictures = plan_scenes(photos, arguments)
+        make, record = partial(make_scene_picture, root), make_scene_record(arguments, pictures)
+    else:
+        if find_spec("skimage") is None:
+            raise ValueError('scikit-image is needed to find masks; install it with: pip install -e ".[dev]"')
+        photos = list_photos(arguments.images)
+        pictures = plan(photos, arguments.num_train, arguments.num_val, arguments.crops, arguments.seed)
+        make, record = partial(make_picture, root, arguments.max_side, arguments.seed), make_record(arguments, pictures)
+    todo = missing_pictures(root, pictures, record)
     if not todo:
         print(f"{root} is already complete: {arguments.num_train} train and {arguments.num_val} val pictures")
         return 0
     print(f"{len(photos)} photos -> {len(pictures)} pictures in {root} ({len(todo)} to make)")
-    jobs = [(root, picture, arguments.max_side, arguments.seed) for picture in todo]
     with contextlib.ExitStack() as stack:
-        several = min(arguments.workers, len(jobs)) > 1
+        several = min(arguments.workers, len(todo)) > 1
         run = stack.enter_context(ProcessPoolExecutor(arguments.workers)).map if several else map
-        counts = list(tqdm(run(make_picture, jobs), total=len(jobs), unit="picture", disable=None))
+        counts = list(tqdm(run(make, todo), total=len(todo), unit="picture", disable=None))
     print(f"made {len(counts)} pictures with {sum(counts)} masks ({min(counts)} to {max(counts)} each)")
     if bare := [picture.key for picture, count in zip(todo, counts, strict=True) if count == 0]:
         print(f"without any mask, because they are flat: {' '.join(bare)}")
@@ -82,13 +107,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-val", type=int, default=8, help="pictures of the val split")
     parser.add_argument("--crops", type=int, default=4, help="most pictures made of one photo; the first is all of it")
     parser.add_argument("--max-side", type=int, default=768, help="longest side of a picture in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="decides the split and the crops")
+    parser.add_argument("--scenes", action="store_true", help="draw named objects, over the pictures or over paint")
+    parser.add_argument("--size", type=int, default=224, help="side of a scene in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="decides the split and the crops, and what is drawn")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
     if arguments.num_train < 1 or arguments.num_val < 0 or arguments.crops < 1 or arguments.workers < 1:
         parser.error("--num-train, --crops and --workers must be at least 1, --num-val at least 0")
     if arguments.max_side < 32:
         parser.error(f"--max-side must be at least 32, got {arguments.max_side}")
+    for name in ("crops", "max_side") if arguments.scenes else ("size",):
+        if getattr(arguments, name) != parser.get_default(name):
+            parser.error(
+                f"--{name.replace('_', '-')} has no effect {'with' if arguments.scenes else 'without'} --scenes"
+            )
+    if arguments.scenes and (arguments.size < MIN_SIZE or arguments.seed < 0):
+        parser.error(f"--size must be at least {MIN_SIZE} and --seed at least 0 with --scenes")
     return arguments
 
 
@@ -118,6 +152,19 @@ def plan(photos: list[Path], num_train: int, num_val: int, crops: int, seed: int
     return pictures
 
 
+def plan_scenes(photos: list[Path], arguments: argparse.Namespace) -> list[ScenePicture]:
+    """The scenes of both splits, which share no photo. Raises ValueError if there are too few photos."""
+    num_train, num_val = arguments.num_train, arguments.num_val
+    grounds = split_grounds(photos, num_train, num_val, arguments.seed)
+    pictures: list[ScenePicture] = []
+    for split, count in (("train", num_train), ("val", num_val)):
+        for _ in range(count):
+            number = len(pictures) + 1
+            seed = number_of_scene(arguments.seed, number)
+            pictures.append(ScenePicture(f"sa_{number}", split, seed, arguments.size, grounds[split]))
+    return pictures
+
+
 def make_record(arguments: argparse.Namespace, pictures: list[Picture]) -> dict:
     """Everything that decides the bytes of the set; photos by name and content, so that the folder may move."""
     sums = digests(picture.photo for picture in pictures)
@@ -127,13 +174,27 @@ def make_record(arguments: argparse.Namespace, pictures: list[Picture]) -> dict:
     return {"format": 1, "seed": arguments.seed, "max_side": arguments.max_side, "pictures": entries}
 
 
-def missing_pictures(root: Path, pictures: list[Picture], record: dict) -> list[Picture]:
+def make_scene_record(arguments: argparse.Namespace, pictures: list[ScenePicture]) -> dict:
+    """As `make_record`, for scenes."""
+    grounds = {picture.split: picture.photos for picture in pictures}
+    sums = digests(photo for photos in grounds.values() for photo in photos)
+    return {
+        "format": 1,
+        "scenes": True,
+        **{name: getattr(arguments, name) for name in ("seed", "size", "num_train", "num_val")},
+        "photos": {split: [[photo.name, sums[str(photo)]] for photo in photos] for split, photos in grounds.items()},
+    }
+
+
+def missing_pictures(
+    root: Path, pictures: Sequence[Picture | ScenePicture], record: dict
+) -> list[Picture | ScenePicture]:
     """Pictures that are not on disk yet. Raises ValueError if `root` holds a set made with other arguments."""
     claim_folder(root, record)
     return [picture for picture in pictures if not all(path.is_file() for path in picture_files(root, picture))]
 
 
-def picture_files(root: Path, picture: Picture) -> tuple[Path, Path]:
+def picture_files(root: Path, picture: Picture | ScenePicture) -> tuple[Path, Path]:
     """Paths of a picture and of its annotations."""
     return (
         root / "images" / picture.split / f"{picture.key}.jpg",
@@ -141,28 +202,54 @@ def picture_files(root: Path, picture: Picture) -> tuple[Path, Path]:
     )
 
 
-def make_picture(job: tuple[Path, Picture, int, int]) -> int:
+def make_picture(root: Path, max_side: int, seed: int, picture: Picture) -> int:
     """Write one picture and its annotations; returns the number of masks."""
-    root, picture, max_side, seed = job
     photo = crop_photo(read_photo(Path(picture.photo)), picture, seed)
     photo.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    image_file, annotation_file = picture_files(root, picture)
-    with atomic_path(image_file) as temporary:
-        photo.save(temporary, "JPEG", quality=JPEG_QUALITY)
+    save_image(root, picture, photo)
     masks = find_masks(np.asarray(photo))
+    write_annotations(root, picture, describe(picture, photo, masks))
+    return len(masks)
+
+
+def make_scene_picture(root: Path, picture: ScenePicture) -> int:
+    """Write one scene, its annotations and its phrases; returns the number of masks."""
+    scene = make_scene(picture.seed, picture.size, picture.split, read_grounds(picture.photos, picture.size))
+    image = Image.fromarray(scene.image)
+    save_image(root, picture, image)
+    document = describe(picture, image, [(mask, 1.0, 1.0) for mask in scene.masks])
+    ids = [entry["id"] for entry in document["annotations"]]
+    document["phrases"] = [
+        {"text": phrase.text, "ids": [ids[place] for place in phrase.matches]} for phrase in scene.phrases
+    ]
+    write_annotations(root, picture, document)
+    return len(ids)
+
+
+def save_image(root: Path, picture: Picture | ScenePicture, image: Image.Image) -> None:
+    with atomic_path(picture_files(root, picture)[0]) as temporary:
+        image.save(temporary, "JPEG", quality=JPEG_QUALITY)
+
+
+def write_annotations(root: Path, picture: Picture | ScenePicture, document: dict) -> None:
+    with atomic_path(picture_files(root, picture)[1]) as temporary:
+        temporary.write_text(json.dumps(document))
+
+
+def describe(
+    picture: Picture | ScenePicture, image: Image.Image, masks: Sequence[tuple[np.ndarray, float, float]]
+) -> dict:
+    """The document of SA-1B for a picture with `(mask (H, W) bool, predicted_iou, stability_score)`."""
     image_id = int(picture.key.removeprefix("sa_"))
-    document = {
+    return {
         "image": {
             "image_id": image_id,
-            "width": photo.width,
-            "height": photo.height,
-            "file_name": image_file.name,
+            "width": image.width,
+            "height": image.height,
+            "file_name": f"{picture.key}.jpg",
         },
         "annotations": [annotate(image_id * 1000 + i, *mask) for i, mask in enumerate(masks)],
     }
-    with atomic_path(annotation_file) as temporary:
-        temporary.write_text(json.dumps(document))
-    return len(masks)
 
 
 def crop_photo(photo: Image.Image, picture: Picture, seed: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
     python data/make_sample_sav.py                       # photos that ship with scikit-image and scikit-learn
     python data/make_sample_sav.py --images ~/photos --output data/mine --num-train 40 --num-val 10 --num-frames 120
+    python data/make_sample_sav.py --scenes --output data/scene-videos   # drawn objects, photos behind them
     python data/extract_sav_frames.py --source_dir data/sample-sav/sav_train \\
         --output_dir data/sample-sav/extracted_frames
 
@@ -9,6 +10,9 @@
 per object and annotated frame. Every fourth frame is annotated. Masks are exact, because they are what was drawn: of
 each object the part that no other covers. Objects turn and change size; one passes before another, one comes in late
 (train), one leaves, one leaves and returns (val). No photo serves both splits. The same arguments give the same files.
+
+With --scenes the objects are drawn shapes, striped red squares and the like, up to six in a video; what is a pair of a
+property and a shape in one split is none in the other.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ from sam3.engine.files import atomic_path, write_json, write_text
 from sam3.engine.sample_set import claim_folder, digests, list_photos
 from sam3.engine.sample_video import TRAIN_WAYS, VAL_WAYS, Shape, draw_video
 from sam3.engine.sav import ANNOTATION_STEP
+from sam3.engine.scene_grounds import list_grounds, read_grounds, split_grounds
+from sam3.engine.scene_videos import MAX_OBJECTS, make_clip
+from sam3.engine.scenes import number_of_scene
 
 FPS = 24
 JPEG_QUALITY = 95
@@ -48,15 +55,32 @@ class Video:
     photos: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class SceneVideo:
+    """One video of drawn objects. seed: the number of the clip; photos: what may lie behind its objects."""
+
+    name: str
+    split: str
+    seed: int
+    photos: tuple[Path, ...]
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if find_spec("cv2") is None:
         raise ValueError('OpenCV is needed to write mp4 files; install it with: pip install -e ".[stage2]"')
-    shape = Shape(arguments.width, arguments.height, arguments.num_frames)
-    photos = list_photos(arguments.images)
-    videos = plan(photos, arguments.num_train, arguments.num_val, arguments.objects, arguments.seed)
     root = arguments.output
-    claim_folder(root, make_record(videos, shape, arguments.seed))
+    if arguments.scenes:
+        shape = Shape(arguments.size, arguments.size, arguments.num_frames)
+        photos = list_grounds(arguments.images)
+        videos = plan_scenes(photos, arguments.num_train, arguments.num_val, arguments.seed)
+        record = make_scene_record(videos, shape, arguments.seed)
+    else:
+        shape = Shape(arguments.width, arguments.height, arguments.num_frames)
+        photos = list_photos(arguments.images)
+        videos = plan(photos, arguments.num_train, arguments.num_val, arguments.objects, arguments.seed)
+        record = make_record(videos, shape, arguments.seed)
+    claim_folder(root, record)
     todo = [video for video in videos if not all(path.exists() for path in video_files(root, video))]
     if todo:
         print(f"{len(photos)} photos -> {len(videos)} videos in {root} ({len(todo)} to make)")
@@ -85,6 +109,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=320, help="of a frame in pixels, even")
     parser.add_argument("--height", type=int, default=240, help="of a frame in pixels, even")
     parser.add_argument("--objects", type=int, default=4, help="objects of a video")
+    parser.add_argument("--scenes", action="store_true", help="draw named objects, over the pictures or over paint")
+    parser.add_argument("--size", type=int, default=224, help="side of a frame with --scenes in pixels, even")
     parser.add_argument("--seed", type=int, default=0, help="decides everything that is drawn")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
@@ -93,7 +119,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         or arguments.num_val < 0
     ):
         parser.error("--num-train, --num-frames, --objects, --workers must be at least 1, --num-val at least 0")
-    for name in ("width", "height"):
+    for name in ("width", "height", "objects") if arguments.scenes else ("size",):
+        if getattr(arguments, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect {'with' if arguments.scenes else 'without'} --scenes")
+    if arguments.seed < 0:
+        parser.error(f"--seed must be at least 0, got {arguments.seed}")
+    for name in ("width", "height", "size"):
         if (side := getattr(arguments, name)) < 32 or side % 2:
             parser.error(f"--{name} must be even, which the video format wants, and at least 32, got {side}")
     return arguments
@@ -121,6 +152,16 @@ def plan(photos: list[Path], num_train: int, num_val: int, num_objects: int, see
     return videos
 
 
+def plan_scenes(photos: list[Path], num_train: int, num_val: int, seed: int) -> list[SceneVideo]:
+    """The clips of both splits, which share no photo. Raises ValueError if there are too few photos."""
+    grounds = split_grounds(photos, num_train, num_val, seed)
+    splits = ["train"] * num_train + ["val"] * num_val
+    return [
+        SceneVideo(f"sav_{number:06d}", split, number_of_scene(seed, number), grounds[split])
+        for number, split in enumerate(splits, 1)
+    ]
+
+
 def make_record(videos: list[Video], shape: Shape, seed: int) -> dict[str, Any]:
     """Everything that decides the bytes of the set; photos by name and content, so that the folder may move."""
     sums = digests(photo for video in videos for photo in video.photos)
@@ -131,7 +172,16 @@ def make_record(videos: list[Video], shape: Shape, seed: int) -> dict[str, Any]:
     return {"format": 1, "seed": seed, **asdict(shape), "videos": entries}
 
 
-def video_files(root: Path, video: Video) -> list[Path]:
+def make_scene_record(videos: list[SceneVideo], shape: Shape, seed: int) -> dict[str, Any]:
+    """As `make_record`, for scenes."""
+    grounds = {video.split: video.photos for video in videos}
+    sums = digests(photo for photos in grounds.values() for photo in photos)
+    listed = {split: [[photo.name, sums[str(photo)]] for photo in photos] for split, photos in grounds.items()}
+    entries = [{"name": video.name, "split": video.split} for video in videos]
+    return {"format": 1, "scenes": True, "seed": seed, **asdict(shape), "photos": listed, "videos": entries}
+
+
+def video_files(root: Path, video: Video | SceneVideo) -> list[Path]:
     """The files or folders that are there once the video is made."""
     if video.split == "val":
         return [root / "sav_val" / folder / video.name for folder in ("JPEGImages_24fps", "Annotations_6fps")]
@@ -139,20 +189,30 @@ def video_files(root: Path, video: Video) -> list[Path]:
     return [folder / f"{video.name}.mp4", *(folder / f"{video.name}_{kind}.json" for kind in kinds_of(video))]
 
 
-def kinds_of(video: Video) -> dict[str, range]:
-    """Kind of annotation -> its objects. Every second video with several objects has one automatic one, the last."""
+def kinds_of(video: Video | SceneVideo) -> dict[str, range]:
+    """Kind of annotation -> its objects. Every second video with several objects has one automatic one, the last.
+
+    Those of a scene are all manual, and how many there are of MAX_OBJECTS is known once it is drawn.
+    """
+    if isinstance(video, SceneVideo):
+        return {"manual": range(MAX_OBJECTS)}
     count = len(video.photos) - 1
     if int(video.name[-1]) % 2 or count < 2:
         return {"manual": range(count)}
     return {"manual": range(count - 1), "auto": range(count - 1, count)}
 
 
-def make_video(job: tuple[Path, Video, Shape, int]) -> None:
+def make_video(job: tuple[Path, Video | SceneVideo, Shape, int]) -> None:
     """Draw and write one video."""
     root, video, shape, seed = job
-    generator = np.random.default_rng([seed, int(video.name.removeprefix("sav_"))])
-    ways = VAL_WAYS if video.split == "val" else TRAIN_WAYS
-    frames, masks = draw_video([Path(photo) for photo in video.photos], shape, ways, generator)
+    if isinstance(video, SceneVideo):
+        photos = read_grounds(video.photos, round(1.3 * shape.width))
+        clip = make_clip(video.seed, shape.width, shape.num_frames, video.split, photos)
+        frames, masks = list(clip.frames), clip.masks
+    else:
+        generator = np.random.default_rng([seed, int(video.name.removeprefix("sav_"))])
+        ways = VAL_WAYS if video.split == "val" else TRAIN_WAYS
+        frames, masks = draw_video([Path(photo) for photo in video.photos], shape, ways, generator)
     if video.split == "val":
         write_val(root, video, frames, masks)
     else:
@@ -164,10 +224,10 @@ def annotated(masks: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     return ((number, masks[number]) for number in range(0, len(masks), ANNOTATION_STEP))
 
 
-def write_train(root: Path, video: Video, frames: list[np.ndarray], masks: np.ndarray) -> None:
+def write_train(root: Path, video: Video | SceneVideo, frames: list[np.ndarray], masks: np.ndarray) -> None:
     film, *documents = video_files(root, video)
     for path, (kind, objects) in zip(documents, kinds_of(video).items(), strict=True):
-        write_json(path, describe(video, kind, masks[:, list(objects)]))
+        write_json(path, describe(video, kind, masks[:, objects.start : objects.stop]))
     with atomic_path(film) as temporary:
         temporary.write_bytes(encode_film(frames))
 
@@ -188,7 +248,7 @@ def encode_film(frames: list[np.ndarray]) -> bytes:
         return path.read_bytes()
 
 
-def describe(video: Video, kind: str, masks: np.ndarray) -> dict[str, Any]:
+def describe(video: Video | SceneVideo, kind: str, masks: np.ndarray) -> dict[str, Any]:
     """The JSON document of SA-V for the objects with `masks`, bool `(T, N, H, W)`."""
     from pycocotools import mask as coco_mask
 
@@ -224,7 +284,7 @@ def describe(video: Video, kind: str, masks: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_val(root: Path, video: Video, frames: list[np.ndarray], masks: np.ndarray) -> None:
+def write_val(root: Path, video: Video | SceneVideo, frames: list[np.ndarray], masks: np.ndarray) -> None:
     pictures, annotations = video_files(root, video)
     with whole_folder(pictures) as folder:
         for number, frame in enumerate(frames):

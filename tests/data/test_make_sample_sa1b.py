@@ -18,7 +18,10 @@ from data.make_sample_sa1b import (
     main,
     plan,
 )
+from sam3.engine.sa1b import annotation_path, decode_runs, list_sa1b, read_annotations
 from sam3.engine.sample_set import bundled_paths, list_photos
+from sam3.engine.scene_grounds import read_grounds, split_grounds
+from sam3.engine.scenes import make_scene
 
 
 @pytest.fixture
@@ -151,6 +154,58 @@ def test_no_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", [["--num-train", "0"], ["--crops", "0"], ["--max-side", "8"], ["--workers", "0"]])
 def test_wrong_flags_exit_with_2(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2
+
+
+def make_scenes(photos: Path, output: Path, *extra: str) -> int:
+    counts = ["--num-train", "4", "--num-val", "2", "--size", "64", "--workers", "1"]
+    return main(["--scenes", "--images", str(photos), "--output", str(output), *counts, *extra])
+
+
+def test_scenes_with_phrases(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    assert make_scenes(photos, root) == 0
+    grounds = split_grounds(sorted(photos.iterdir()), 4, 2, 0)
+    assert not set(grounds["train"]) & set(grounds["val"])
+    number = 0
+    for split, count in (("train", 4), ("val", 2)):
+        keys = list_sa1b(root, split).keys()
+        assert len(keys) == count
+        for key in keys:
+            number = int(key.removeprefix("sa_"))
+            scene = make_scene(number, 64, split, read_grounds(grounds[split], 64))
+            path = annotation_path(root, split, key)
+            annotations = read_annotations(path)
+            masks = [decode_runs(annotations.runs(i), 64, 64) for i in range(len(annotations))]
+            assert (np.stack(masks) == scene.masks).all()
+            document = json.loads(path.read_text())
+            ids = [entry["id"] for entry in document["annotations"]]
+            assert [phrase["text"] for phrase in document["phrases"]] == [phrase.text for phrase in scene.phrases]
+            for phrase, wanted in zip(document["phrases"], scene.phrases, strict=True):
+                assert phrase["ids"] == [ids[i] for i in wanted.matches]
+            picture = np.asarray(Image.open(root / f"images/{split}/{key}.jpg")).astype(int)
+            assert picture.shape == (64, 64, 3) and np.abs(picture - scene.image).mean() < 12
+    assert number == 6
+
+
+def test_scenes_are_the_same_bytes_and_repaired(photos: Path, tmp_path: Path) -> None:
+    make_scenes(photos, tmp_path / "a", "--workers", "2")
+    make_scenes(photos, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    (tmp_path / "b/images/val/sa_6.jpg").unlink()
+    make_scenes(photos, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    with pytest.raises(ValueError, match="made with other arguments"):
+        make_scenes(photos, tmp_path / "a", "--seed", "1")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--scenes", "--crops", "2"], ["--scenes", "--max-side", "64"], ["--size", "64"], ["--scenes", "--size", "16"]],
+)
+def test_flags_without_effect_exit_with_2(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(flags)
     assert caught.value.code == 2

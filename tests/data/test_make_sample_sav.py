@@ -13,6 +13,8 @@ from data.make_sample_sav import describe, kinds_of, main, plan
 from sam3.engine.sample_set import bundled_paths
 from sam3.engine.sample_video import TRAIN_WAYS, VAL_WAYS, Shape, draw_video
 from sam3.engine.sav import list_videos, read_masklets
+from sam3.engine.scene_grounds import read_grounds, split_grounds
+from sam3.engine.scene_videos import make_clip
 from sam3.engine.vos_folders import list_annotated_videos
 from tests.parity.fill import image
 
@@ -136,6 +138,38 @@ def test_the_val_split(sample: Path, photos: Path) -> None:
     _, masks = draw_video(paths, SHAPE, VAL_WAYS, np.random.default_rng([0, 3]))
     assert all((video.mask(n, k) == masks[n, k]).all() for n in video.annotated for k in range(4))
     assert Image.open(video.frames.path(0)).size == (96, 64)
+
+
+def test_scenes_through_the_extractor_and_the_readers(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    argv = ["--scenes", "--size", "64", "--num-frames", "9", "--num-train", "2", "--num-val", "1", "--workers", "1"]
+    argv += ["--images", str(photos)]
+    assert main([*argv, "--output", str(root)]) == 0
+    grounds = {s: read_grounds(p, 83) for s, p in split_grounds(sorted(photos.iterdir()), 2, 1, 0).items()}
+    extract = ["--source_dir", str(root / "sav_train"), "--output_dir", str(tmp_path / "out"), "--workers", "1"]
+    assert extract_sav_frames.main(extract) == 0
+    for i, video in enumerate(list_videos(tmp_path / "out"), 1):
+        masklets = read_masklets(video)
+        clip = make_clip(i, 64, 9, "train", grounds["train"])
+        assert masklets.numbers == (0, 4, 8) and masklets.num_objects == len(clip.objects)
+        for number in masklets.numbers:
+            for k in range(len(clip.objects)):
+                assert (masklets.mask(number, k) == clip.masks[number, k]).all()
+    (video,) = list_annotated_videos(root, "val")
+    clip = make_clip(3, 64, 9, "val", grounds["val"])
+    assert video.name == "sav_000003" and len(video.objects) == len(clip.objects)
+    assert all((video.mask(n, k) == clip.masks[n, k]).all() for n in (0, 4, 8) for k in range(len(clip.objects)))
+    frames = np.stack([np.asarray(Image.open(video.frames.path(n))) for n in range(9)]).astype(int)
+    assert np.abs(frames - clip.frames).mean() < 8
+    main([*argv, "--output", str(tmp_path / "again"), "--workers", "2"])
+    assert files(root) == files(tmp_path / "again")
+
+
+@pytest.mark.parametrize("flags", [["--scenes", "--objects", "2"], ["--scenes", "--width", "64"], ["--size", "64"]])
+def test_flags_without_effect_exit_with_2(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2
 
 
 def test_describe_by_hand() -> None:
