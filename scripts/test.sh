@@ -21,7 +21,7 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
 step lint .venv/bin/ruff check .
 step format .venv/bin/ruff format --check .
-step pytest .venv/bin/python -m pytest --numprocesses 2 --dist loadgroup "$@"
+step pytest .venv/bin/python -m pytest --numprocesses 2 --dist loadscope "$@"
 if [ -n "$failed" ]; then
     printf '[test] failed: %s\n' "$failed" >&2
     exit 1

@@ -11,10 +11,20 @@ FULL_SIZE = ("full_size", "parity")  # in the names of tests that take several G
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process of several runs all that takes much memory, one test after the other."""
-    for item in items:
-        if any(word in item.nodeid for word in FULL_SIZE):
-            item.add_marker(pytest.mark.xdist_group("full size"))
+    """Slow tests come first, so that no process of several is left alone with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """One process of several runs all that takes much memory, one test after the other, and makes its fixtures once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FullSizeTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "full size" if any(word in nodeid for word in FULL_SIZE) else nodeid
+
+    return FullSizeTogether(config, log)
 
 
 # The stages are imported inside the fixtures: other tests do not wait for them.

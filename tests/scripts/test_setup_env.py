@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PYTEST = "pytest --numprocesses 2 --dist loadgroup"
+PYTEST = "pytest --numprocesses 2 --dist loadscope"
 
 
 @pytest.fixture
