@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3.model.config import Sam3Config
 from tests.parity.fill import image
+
+_TINY = Sam3Config.preset("tiny")
+TINY_MAP = (_TINY.vit_dim, _TINY.grid, _TINY.grid)  # what the tiny teacher's trunk makes of a picture
+TINY_RECORD = 4 + 2 * math.prod(TINY_MAP)  # bytes of it in a store: a seed, numbers in float16
 
 
 def write_sa1b(root: Path, num_train: int = 4, num_val: int = 2, height: int = 90, width: int = 130) -> list[str]:

@@ -24,6 +24,7 @@ from sam3.model_builder import (
 )
 from sam3.transforms import Preprocess
 from scripts.make_tiny_sam3 import make_model
+from tests.samples import TINY_MAP
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
 
@@ -46,7 +47,7 @@ def tiny(tensors, tmp_path_factory):
 def with_student(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a tiny checkpoint with a student in the trunk's place, and the meta that belong to them."""
     torch.manual_seed(0)
-    student = build_student("efficientvit_b0", embed_dim=64, embed_size=16)
+    student = build_student("efficientvit_b0", embed_dim=TINY_MAP[0], embed_size=16)
     kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(TRUNK)}
     kept |= {f"{TRUNK}model.{key}": tensor for key, tensor in student.state_dict().items()}
     meta = {"embed_size": 16, "preprocess": Preprocess(img_size=224, resize="pad").to_meta()}
@@ -184,7 +185,7 @@ def test_teacher_trunk_reads_only_the_trunk(tiny, tensors, tmp_path):
         assert isinstance(trunk, ViT) and not trunk.training
         assert not any(parameter.requires_grad for parameter in trunk.parameters())
         maps.append(trunk(image)[-1])
-    assert maps[0].shape == (1, 64, 16, 16)
+    assert maps[0].shape == (1, *TINY_MAP)
     assert torch.equal(*maps)
     whole = build_sam3_image_model(tiny, device="cpu").backbone.vision_backbone.trunk
     with torch.no_grad():
@@ -202,7 +203,7 @@ def test_heads_take_a_grid_and_are_the_models(tiny, heads):
     whole = build_sam3_image_model(tiny, device="cpu")
     assert not any(module.training for module in heads.modules())
     assert not any(parameter.requires_grad for parameter in heads.parameters())
-    grid = torch.randn(1, 64, 16, 16)
+    grid = torch.randn(1, *TINY_MAP)
     with torch.inference_mode():
         found = heads.backbone.forward_image(grid)["backbone_fpn"]
         wanted = [conv(grid) for conv in whole.backbone.vision_backbone.convs[:3]]

@@ -18,6 +18,7 @@ from distillation.teachers.build import build_teacher, describe_teacher
 from sam3.engine.files import sha256
 from sam3.engine.weights import load_weights, save_weights
 from sam3.model.config import Sam3Config
+from tests.samples import TINY_MAP
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -96,7 +97,7 @@ def test_outputs_are_those_of_sam3model(folder: Path, size: int):
         size,
         64,
         20,
-        (64, grid, grid),
+        (TINY_MAP[0], grid, grid),
     )
 
 
@@ -114,7 +115,7 @@ def test_it_is_frozen_and_goes_on_from_its_trunk(folder: Path):
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
     maps = teacher.embed(pictures(112))
-    assert tuple(maps.shape) == (2, 64, 8, 8)
+    assert tuple(maps.shape) == (2, TINY_MAP[0], 8, 8)
     for part in (teacher, heads):
         with torch.autocast("cpu", torch.bfloat16):
             found = part.forward_from_trunk(maps.clone(), PROMPTS, features=True)
@@ -127,7 +128,8 @@ def test_it_is_frozen_and_goes_on_from_its_trunk(folder: Path):
 
 
 def test_it_says_who_it_is(folder: Path):
-    meta = {"backend": "hf", "name": "small_sam3", "sha256": sha256(folder / WEIGHTS), "trunk_shape": [64, 8, 8]}
+    digest = sha256(folder / WEIGHTS)
+    meta = {"backend": "hf", "name": "small_sam3", "sha256": digest, "trunk_shape": [TINY_MAP[0], 8, 8]}
     assert describe_teacher(settings(folder, 112)) == make(folder, 112, with_trunk=False).meta == meta
 
 
@@ -197,7 +199,8 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path):
     response = SimpleNamespace(headers={}, request=None, status_code=403)
     gated = errors.GatedRepoError("gated", response=response)
     serve(gated, there=True)
-    assert describe_teacher(settings("facebook/sam3", 112))["trunk_shape"] == [64, 8, 8] and asked == [False, True]
+    assert describe_teacher(settings("facebook/sam3", 112))["trunk_shape"] == [TINY_MAP[0], 8, 8]
+    assert asked == [False, True]
     serve(gated, there=False)
     with pytest.raises(PermissionError, match=r"facebook/sam3 is gated and you have no access yet"):
         make("facebook/sam3")

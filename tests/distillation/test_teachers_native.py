@@ -17,6 +17,7 @@ from sam3.model.data_misc import FindStage
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3.model_builder import build_sam3_image_model, encode_phrase, encode_phrases
 from tests.parity.fill import image
+from tests.samples import TINY_MAP
 
 PROMPTS = torch.tensor([3, 1])
 OUTPUTS = ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg")
@@ -99,7 +100,7 @@ def test_heads_alone_go_on_from_a_stored_map(teacher, config, images):
     heads = build_teacher(config, "cpu", with_trunk=False)
     assert heads.trunk is None and heads.meta == teacher.meta
     maps = teacher.embed(images)
-    assert tuple(maps.shape[1:]) == teacher.trunk_shape == heads.trunk_shape == (64, 16, 16)
+    assert tuple(maps.shape[1:]) == teacher.trunk_shape == heads.trunk_shape == TINY_MAP
     wanted = teacher(images, PROMPTS, features=False)
     found = heads.forward_from_trunk(maps, PROMPTS, features=False)
     assert all(torch.equal(found[name], wanted[name]) for name in OUTPUTS)
@@ -122,7 +123,7 @@ def test_it_says_who_it_is(teacher, config):
         "backend": "native",
         "name": "sam3_tiny.pt",
         "sha256": sha256(config.teacher),
-        "trunk_shape": [64, 16, 16],
+        "trunk_shape": list(TINY_MAP),
     }
     assert (teacher.image_size, teacher.dim, teacher.num_queries) == (224, 64, 20)
     assert (teacher.dtype, teacher.trunk.patch_embed.proj.weight.dtype) == (torch.float32, torch.float32)  # CPU: auto

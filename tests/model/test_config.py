@@ -31,14 +31,14 @@ def test_text_heads_follow_the_rule_of_clip():
 def test_numbers_of_the_presets():
     full, tiny = Sam3Config.preset("full"), Sam3Config.preset("tiny")
     assert (full.grid, tiny.grid) == (72, 16)
-    assert full.vit_mlp_dim == int(1024 * 4.625) and tiny.vit_mlp_dim == int(64 * 4.625)
+    assert full.vit_mlp_dim == int(1024 * 4.625) and tiny.vit_mlp_dim == 4 * tiny.vit_dim
     assert full.text_heads == 16 and tiny.text_heads == 1
 
 
 def test_student_in_place_of_the_vit():
     tiny = Sam3Config.preset("tiny")
     with torch.device("meta"):
-        trunk = StudentTrunk(build_student("efficientvit_b0", embed_dim=64, embed_size=16))
+        trunk = StudentTrunk(build_student("efficientvit_b0", embed_dim=tiny.vit_dim, embed_size=16))
     tensors = tensors_of(tiny, trunk)
     assert Sam3Config.from_tensors(tensors, img_size=224) == without_vit(tiny)
     assert Sam3Config.from_tensors(tensors).grid == 72  # the released sizes, where nothing says otherwise
@@ -61,6 +61,6 @@ def test_errors_say_what_is_missing():
     with pytest.raises(ValueError, match=r"no tensor 'transformer\.decoder\.query_embed\.weight'"):
         Sam3Config.from_tensors(without)
     odd = dict(tensors)
-    odd["backbone.vision_backbone.trunk.pos_embed"] = torch.empty(1, 64, 64, device="meta")
+    odd["backbone.vision_backbone.trunk.pos_embed"] = torch.empty(1, 64, 96, device="meta")
     with pytest.raises(ValueError, match="63 entries, which is not a square grid"):
         Sam3Config.from_tensors(odd)

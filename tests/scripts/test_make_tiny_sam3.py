@@ -22,7 +22,7 @@ def tiny(tmp_path_factory):
 
 def test_layout_and_seed(tiny, tmp_path, capsys):
     assert main(["--output", str(tmp_path / "same.pt"), "--seed", "1"]) == 0
-    assert "657 entries, 3.63M parameters" in capsys.readouterr().out
+    assert "657 entries, 2.91M parameters" in capsys.readouterr().out
     main(["--output", str(tmp_path / "other.pt"), "--seed", "2"])
     first, same, other = (load_weights(p).tensors for p in (tiny, tmp_path / "same.pt", tmp_path / "other.pt"))
     assert all(key.startswith(("detector.", "tracker.")) for key in first)

@@ -19,6 +19,7 @@ from sam3.model_builder import assemble_image_model, build_sam3_image_model
 from sam3.transforms import Preprocess
 from scripts.predict import main, surrounding_box
 from tests.parity.fill import fill_, image
+from tests.samples import TINY_MAP
 
 HEIGHT, WIDTH = 60, 100
 
@@ -94,7 +95,7 @@ def test_top_k_and_bfloat16(checkpoint, photo, capsys):
 
 def test_merged_student_checkpoints_work(photo, tmp_path, capsys):
     torch.manual_seed(0)
-    trunk = StudentTrunk(build_student("repvit_m0_9", 64, 16))
+    trunk = StudentTrunk(build_student("repvit_m0_9", *TINY_MAP[:2]))
     meta = {"embed_size": 16, "preprocess": Preprocess(img_size=224, resize="pad").to_meta()}
     merged = save_model(tmp_path / "merged.pt", trunk, meta)
     assert run(merged, photo, "--box", 10, 20, 60, 50, "--threshold", 0, "--json", tmp_path / "out.json") == 0

@@ -255,7 +255,7 @@ def tiny(tmp_path_factory):
     detector = {f"detector.{k}": t for k, t in assemble_image_model(config, with_sam2_neck=True).state_dict().items()}
     tracker = {f"tracker.{k}": t for k, t in assemble_tracker(TrackerConfig.preset("tiny")).state_dict().items()}
     save_weights(folder / "sam3.pt", detector | tracker)
-    student = build_student("efficientvit_b0", config.dim, config.grid).eval()
+    student = build_student("efficientvit_b0", config.vit_dim, config.grid).eval()
     preprocess = PREPROCESS | {"img_size": config.img_size}
     meta = {"backbone": "efficientvit_b0", "embed_size": config.grid, "preprocess": preprocess}
     write_student(folder / "ckpt_epoch_29.pth", sha256(folder / "sam3.pt"), student.state_dict(), **meta)

@@ -21,7 +21,7 @@ from sam3.model_builder import build_teacher_trunk
 from sam3.transforms import Preprocess, read_image
 from stage1 import save_embedding_stage1
 from tests.parity.fill import image
-from tests.samples import write_record, write_sa1b
+from tests.samples import TINY_MAP, write_record, write_sa1b
 from tests.stage1.runs import SAVE, finish, free_port, start, teacher_arguments
 
 KEYS = [f"sa_{i}" for i in range(1, 12)]
@@ -39,7 +39,7 @@ def test_output_tree_and_contents(exported: Path, teacher_file: Path, sa1b: Path
     assert json.loads((exported / "config.json").read_text())["DISTILL"]["SAVE_TEACHER_EMBED"] is True
     reader = EmbeddingReader(exported / "embeddings")
     assert sorted(reader.keys()) == sorted(KEYS)
-    assert reader.meta["shape"] == [64, 16, 16]
+    assert reader.meta["shape"] == list(TINY_MAP)
     assert reader.meta["preprocess"] == Preprocess(img_size=224).to_meta()
     trunk = build_teacher_trunk(teacher_file, device="cpu")
     for key, split in (("sa_1", "train"), ("sa_10", "val")):
@@ -98,7 +98,7 @@ def test_dry_run_writes_nothing(teacher_file: Path, sa1b: Path, tmp_path: Path, 
     assert save(teacher_file, sa1b, output, "--dry-run") == 0
     assert not output.exists()
     text = capsys.readouterr().out
-    assert "11 in" in text and "360.71 kB to come" in text and "pictures/s" in text
+    assert "11 in" in text and "540.94 kB to come" in text and "pictures/s" in text
 
 
 def test_dry_run_passes_over_bad_pictures(teacher_file: Path, sa1b: Path, tmp_path: Path):
@@ -313,7 +313,7 @@ def test_wrong_input_says_what_is_wrong(teacher_file: Path, sa1b: Path, tmp_path
         save(teacher_file, sa1b, tmp_path, DATA__IMG_SIZE=448)
     with pytest.raises(ValueError, match=r"DATA.IMG_SIZE \(=225\) must be a multiple of DISTILL.EMBED_SIZE \(=16\)"):
         save(teacher_file, sa1b, tmp_path, DATA__IMG_SIZE=225)
-    with pytest.raises(ValueError, match=r"gives 64 channels, but DISTILL.EMBED_DIM is 1024; set DISTILL.EMBED_DIM 64"):
+    with pytest.raises(ValueError, match=r"gives 96 channels, but DISTILL.EMBED_DIM is 1024; set DISTILL.EMBED_DIM 96"):
         save(teacher_file, sa1b, tmp_path / "dim", DISTILL__EMBED_DIM=1024)
     with pytest.raises(FileNotFoundError, match=r"no folder .*images/train; arrange the pictures"):
         save(teacher_file, tmp_path, tmp_path)

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from sam3.engine.locks import FileLock
+from tests.samples import TINY_RECORD
 from tests.stage1.runs import TRAIN, assert_same_weights, finish, metrics, start, student_arguments, train
 
 
 def test_data_that_does_not_fit_is_refused(exported: Path, teacher_file: Path, sa1b: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"preprocess.resize: found 'pad', wanted 'square'"):
         train(exported, sa1b, tmp_path, DATA__RESIZE="square")
-    with pytest.raises(ValueError, match=r"shape.*\[64, 16, 16\].*\[32, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"shape.*\[96, 16, 16\].*\[32, 16, 16\]"):
         train(exported, sa1b, tmp_path, DISTILL__EMBED_DIM=32)
     with pytest.raises(ValueError, match=r"preprocess.img_size: found 224, wanted 448"):
         train(exported, sa1b, tmp_path, DATA__IMG_SIZE=448)
@@ -73,7 +74,7 @@ def test_a_shard_cut_in_the_middle_names_it(exported: Path, sa1b: Path, tmp_path
     values = store / "rank0-values.bin"
     values.write_bytes(values.read_bytes()[:-1000])
     with pytest.raises(
-        ValueError, match=r"rank0-values.bin has 359492 bytes = 10.97 records of 32772, but rank0-keys.txt"
+        ValueError, match=r"rank0-values.bin has 539716 bytes = 10.98 records of 49156, but rank0-keys.txt"
     ):
         train(tmp_path / "export", sa1b, tmp_path / "run")
 
@@ -83,7 +84,7 @@ def test_crc_is_checked_on_demand(exported: Path, sa1b: Path, tmp_path: Path):
     shutil.copytree(exported / "embeddings", store)
     values = bytearray((store / "rank0-values.bin").read_bytes())
     for record in range(8):
-        values[record * 32772 + 100] ^= 1
+        values[record * TINY_RECORD + 100] ^= 1
     (store / "rank0-values.bin").write_bytes(values)
     with pytest.raises(ValueError, match="does not match its checksum"):
         train(tmp_path / "export", sa1b, tmp_path / "run", DISTILL__VERIFY_CRC=True)
@@ -116,7 +117,7 @@ def test_nan_in_the_store_is_not_learnt(exported: Path, sa1b: Path, tmp_path: Pa
     values = bytearray((store / "rank0-values.bin").read_bytes())
     nan = torch.tensor(float("nan"), dtype=torch.float16).numpy().tobytes()
     for record in range(8):
-        values[record * 32772 + 4 : record * 32772 + 6] = nan
+        values[record * TINY_RECORD + 4 : record * TINY_RECORD + 6] = nan
     (store / "rank0-values.bin").write_bytes(values)
     with pytest.raises(ValueError, match=r"gradients were not finite in \d+ steps in a row"):
         train(tmp_path / "export", sa1b, tmp_path / "run", TRAIN__MAX_BAD_STEPS=3)

@@ -25,7 +25,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     config = Sam3Config.preset("tiny")
     sam3 = {f"detector.{k}": t for k, t in assemble_image_model(config, with_sam2_neck=True).state_dict().items()}
-    first, second = (build_student("efficientvit_b0", config.dim, config.grid).eval() for _ in range(2))
+    first, second = (build_student("efficientvit_b0", config.vit_dim, config.grid).eval() for _ in range(2))
     preprocess = {"img_size": config.img_size, "resize": "pad", "mean": [127.5] * 3, "std": [127.5] * 3}
     meta = {"backbone": "efficientvit_b0", "embed_size": config.grid, "preprocess": preprocess, "teacher": TEACHER}
     kept = {key: tensor for key, tensor in sam3.items() if not key.startswith(f"{TRUNK}.")}

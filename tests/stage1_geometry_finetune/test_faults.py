@@ -14,6 +14,7 @@ import torch
 
 from scripts import make_tiny_sam3
 from stage1 import save_embedding_stage1
+from tests.samples import TINY_RECORD
 from tests.stage1.runs import finish, metrics, start, teacher_arguments
 from tests.stage1_geometry_finetune.runs import TUNE, Inputs
 
@@ -159,7 +160,7 @@ def test_a_store_that_covers_only_a_part(inputs: Inputs, data: Path, tmp_path: P
 def test_a_store_that_does_not_fit(inputs: Inputs, tmp_path: Path):
     for opts, message in (
         ({"DATA__RESIZE": "square"}, r"preprocess.resize: found 'pad', wanted 'square'\); change the config or export"),
-        ({"DISTILL__EMBED_DIM": 32}, r"shape: found \[64, 16, 16\], wanted \[32, 16, 16\]\); change the config"),
+        ({"DISTILL__EMBED_DIM": 32}, r"shape: found \[96, 16, 16\], wanted \[32, 16, 16\]\); change the config"),
         ({"DATA__BATCH_SIZE": 9}, r"a batch of 9 .* needs 9 samples, but the data set has 8; lower the batch size"),
     ):
         refused(inputs, tmp_path / "run", message, **opts)
@@ -174,13 +175,13 @@ def test_damaged_embeddings(inputs: Inputs, tmp_path: Path):
     path = tmp_path / "export/embeddings/rank0-values.bin"
     values = bytearray(path.read_bytes())
     for record in range(8):
-        values[record * 32772 + 4 : record * 32772 + 6] = b"\x00\x7e"  # NaN
+        values[record * TINY_RECORD + 4 : record * TINY_RECORD + 6] = b"\x00\x7e"  # NaN
     path.write_bytes(values)
     message = r"gradients were not finite in 2 steps in a row, up to step 2; lower the learning rate"
     refused(spoilt, tmp_path / "nan", message, TRAIN__MAX_BAD_STEPS=2)
     refused(spoilt, tmp_path / "crc", r"does not match its checksum; remove the shard", DISTILL__VERIFY_CRC=True)
     path.write_bytes(values[:-1000])
-    refused(spoilt, tmp_path / "short", r"rank0-values.bin has 359492 bytes = 10.97 records of 32772")
+    refused(spoilt, tmp_path / "short", r"rank0-values.bin has 539716 bytes = 10.98 records of 49156")
 
 
 # Weights ------------------------------------------------------------------------------------------------------------

@@ -340,8 +340,8 @@ def test_selection_by_masks_needs_masks():
 
 def test_bad_batches_are_refused():
     batch = make_batch([["box"]])
-    with pytest.raises(ValueError, match=r"the student gives \(64, 8, 8\), the teacher \(64, 16, 16\)"):
-        distiller(GridStudent(torch.zeros(1, 64, 8, 8)))(batch)
+    with pytest.raises(ValueError, match=r"the student gives \(96, 8, 8\), the teacher \(96, 16, 16\)"):
+        distiller(GridStudent(torch.zeros(1, CHANNELS, 8, 8)))(batch)
     batch.embeddings = None
     with pytest.raises(ValueError, match="no teacher embeddings"):
         distiller()(batch)

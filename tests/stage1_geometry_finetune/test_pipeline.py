@@ -20,6 +20,7 @@ from PIL import Image
 
 from sam3.engine.merge import STUDENT_TRUNK
 from sam3.engine.weights import load_weights
+from tests.samples import TINY_MAP
 from tests.stage1.runs import ROOT, free_port, model_of
 from tests.stage1_geometry_finetune.runs import CONFIGS, Inputs
 
@@ -69,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, inputs: Inputs, merged: Path
         "BASE": [str(CONFIGS / "base_geometry_finetune.yaml")],
         "DATA": {"IMG_SIZE": 224, "NUM_WORKERS": 1},
         "MODEL": {"BACKBONE": "efficientvit_b0", "PRETRAINED": "output/efficient_sam3_repvit_m.pt"},
-        "DISTILL": {"EMBED_DIM": 64, "EMBED_SIZE": 16, "MAX_PROMPTS": 1},
+        "DISTILL": {"EMBED_DIM": TINY_MAP[0], "EMBED_SIZE": 16, "MAX_PROMPTS": 1},
         "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "ACCUMULATION_STEPS": 1},
         "OUTPUT": "output_geometry_finetune/es_rv_m",
     }

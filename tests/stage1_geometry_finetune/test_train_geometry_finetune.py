@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sam3.backbones.student import build_student
 from sam3.engine.files import sha256
 from stage1_geometry_finetune import train_geometry_finetune
+from tests.samples import TINY_MAP
 from tests.stage1.runs import metrics, model_of
 from tests.stage1_geometry_finetune.runs import CONFIGS, Inputs
 
@@ -47,14 +48,14 @@ def test_output_tree(tuned: Path):
 
 def test_checkpoints_hold_the_student_alone_and_say_what_it_belongs_to(tuned: Path, inputs: Inputs):
     payload = torch.load(tuned / "ckpt_epoch_1.pth", weights_only=True)
-    student = build_student("efficientvit_b0", 64, 16).state_dict()
+    student = build_student("efficientvit_b0", *TINY_MAP[:2]).state_dict()
     assert list(payload["model"]) == [f"student_trunk.{key}" for key in student]
     assert len(payload["model"]) == 194
     stage1 = torch.load(inputs.start, weights_only=True)["meta"]
     assert payload["meta"] == stage1
     assert payload["meta"]["teacher"] == {"name": "sam3_tiny.pt", "sha256": sha256(inputs.teacher)}
     assert (payload["meta"]["backbone"], payload["meta"]["embed_dim"], payload["meta"]["embed_size"]) == (
-        *("efficientvit_b0", 64, 16),
+        *("efficientvit_b0", *TINY_MAP[:2]),
     )
     assert (payload["epoch"], payload["step"]) == (1, 8)
     assert payload["config"]["DISTILL"]["EMBEDDING_LOSS_WEIGHT"] == 1.5
@@ -86,10 +87,10 @@ def test_every_epoch_is_validated_and_the_best_is_kept(tuned: Path):
 
 def test_the_log_counts_parameters_and_pictures(tuned: Path, inputs: Inputs):
     text = (tuned / "log_rank0.txt").read_text()
-    assert "ES-EV-S-GeometryFinetune (efficientvit_b0), 727,856 parameters trained, 0 frozen" in text
-    for part in ("student backbone 0.68M", "student head 0.05M", "neck ", "geometry encoder ", "segmentation head "):
+    assert "ES-EV-S-GeometryFinetune (efficientvit_b0), 778,128 parameters trained, 0 frozen" in text
+    for part in ("student backbone 0.68M", "student head 0.10M", "neck ", "geometry encoder ", "segmentation head "):
         assert part in text
-    assert "trained 0.73M, frozen 0.95M" in text
+    assert "trained 0.78M, frozen 0.98M" in text
     assert "8 train, 3 val in" in text and "4 an epoch, 2 epochs, effective batch 2" in text
     assert f"start        {inputs.start}" in text and f"{inputs.teacher}, frozen" in text
 
@@ -237,7 +238,7 @@ def test_the_edgesam_style_trains(inputs: Inputs, tmp_path: Path):
     tiny = {
         "MODEL__BACKBONE": "efficientvit_b0",
         "DATA__IMG_SIZE": 224,
-        "DISTILL__EMBED_DIM": 64,
+        "DISTILL__EMBED_DIM": TINY_MAP[0],
         "DISTILL__EMBED_SIZE": 16,
         "DISTILL__MAX_PROMPTS": None,
     }

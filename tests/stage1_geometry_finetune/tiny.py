@@ -19,7 +19,7 @@ from stage1_geometry_finetune.data import GeometryBatch
 from stage1_geometry_finetune.frozen_path import FrozenPath
 from stage1_geometry_finetune.model import GeometryDistiller
 
-CHANNELS, GRID, MASK, QUERIES = 64, 16, 64, 20  # of the tiny preset: 224 pixels, 14 a cell
+CHANNELS, GRID, MASK, QUERIES = 96, 16, 64, 20  # of the tiny preset: 224 pixels, 14 a cell
 PREPROCESS = Preprocess(img_size=224, resize="pad")
 
 

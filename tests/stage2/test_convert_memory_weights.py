@@ -22,11 +22,11 @@ from stage2.convert_memory_weights_stage2 import check_fit, main, parse_args, pl
 from stage2.frozen_parts import tracker_meta
 from stage2.rollout import Rollout
 from tests.manifests import manifest_tensors
+from tests.samples import TINY_MAP
 from tests.scripts.test_launch import command
 from tests.stage2.clips import CONFIG, distiller, make_batch
 from tests.stage2.memory_files import convert, write_checkpoint, write_inputs
 
-WIDTH, GRID = 64, CONFIG.grid  # of the tiny trunk's maps
 POOLED_MAP = dataclasses.replace(TINY_MEMORY, perceiver=False)
 NUM_SAM3, NUM_DENSE, NUM_MEMORY = 657, 106, 102  # entries of the tiny preset
 
@@ -42,11 +42,11 @@ def student_file(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -
     folder = tmp_path_factory.mktemp("stage1")
     meta = {
         "backbone": "efficientvit_b0",
-        "embed_size": GRID,
+        "embed_size": CONFIG.grid,
         "preprocess": Preprocess(CONFIG.img_size, "pad").to_meta(),
         "teacher": {"name": teacher_file.name, "sha256": sha256(teacher_file)},
     }
-    save_weights(folder / "student.pth", build_student("efficientvit_b0", WIDTH, GRID).state_dict(), meta)
+    save_weights(folder / "student.pth", build_student("efficientvit_b0", *TINY_MAP[:2]).state_dict(), meta)
     flags = ["--student-ckpt", folder / "student.pth", "--sam3-ckpt", teacher_file, "--output", folder / "merged.pt"]
     assert convert_stage1_weights.main([str(flag) for flag in flags]) == 0
     return folder / "merged.pt"
@@ -90,7 +90,7 @@ def test_commands_of_the_document(inputs, student_file, capsys, monkeypatch):
     total = NUM_SAM3 - NUM_DENSE + NUM_MEMORY
     assert lines[2:] == [
         "Removed: 106 tensors, 706.05 kB",
-        f"Output:  output/efficient_sam3_memory.pt ({total} tensors, 14.42 MB)",
+        f"Output:  output/efficient_sam3_memory.pt ({total} tensors, 11.57 MB)",
         "Memory parameters copied: 102 -> prefix 'tracker.'",
         "SAM3 params replaced=0, dropped=106 (106 of the dense attention), kept=551",
         "Merged checkpoint saved to: output/efficient_sam3_memory.pt",
@@ -98,7 +98,7 @@ def test_commands_of_the_document(inputs, student_file, capsys, monkeypatch):
         "video model loads it strictly and followed an object through two frames",
         lines[-1],
     ]
-    assert lines[-1].startswith("Size: 14.6")
+    assert lines[-1].startswith("Size: 11.8")
     trained = Path("output/stage2_memory/ckpt_best.pth")
     merged = load_weights("output/efficient_sam3_memory.pt")
     check_equal(merged.tensors, expected(Path("sam3_checkpoints/sam3.pt"), trained))
@@ -122,7 +122,7 @@ def test_the_merged_model_follows_objects_as_the_student_did(inputs, memory):
     student = distiller(memory).memory
     student.attention.eval()
     batch = make_batch([["mask", "click"], ["box"]], num_frames=4)
-    noise = torch.randn(2, 4, WIDTH, GRID, GRID, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(2, 4, *TINY_MAP, generator=torch.Generator().manual_seed(3))
     batch = dataclasses.replace(batch, embeddings=noise)
 
     def follow(model_file: str, memory=None) -> list[Tensor]:

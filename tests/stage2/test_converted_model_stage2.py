@@ -17,6 +17,7 @@ from stage2.data.batch import ClipBatch
 from stage2.data.sources import open_sources
 from stage2.model import ClipEvaluation
 from stage2.train_memory_stage2 import build_distiller, build_teacher, load_memory
+from tests.samples import TINY_MAP
 from tests.stage2.runs import Inputs
 
 BOXES = {"DISTILL__PROMPTS__MASK": 0.0, "DISTILL__PROMPTS__BOX": 1.0, "DISTILL__PROMPTS__CLICK": 0.0}
@@ -32,7 +33,7 @@ def evaluated(memory_run: Path, inputs: Inputs) -> tuple[ClipBatch, ClipEvaluati
     distiller = build_distiller(config, model, world).eval()
     load_memory(distiller, memory_run / "ckpt_latest.pth", {})
     teacher = teacher_meta(inputs.teacher, "MODEL.SAM3_CHECKPOINT")
-    batch = open_sources(config, model.preprocess, (64, 16, 16), teacher).val_dataset(config).load([0])
+    batch = open_sources(config, model.preprocess, TINY_MAP, teacher).val_dataset(config).load([0])
     return batch, distiller.evaluate(batch)
 
 
@@ -54,11 +55,13 @@ def test_the_predictor_draws_the_masks_of_validation(
             for row, corners in enumerate(batch.points):
                 share = (corners / predictor.model.preprocess.img_size).flatten()
                 predictor.add_new_points_or_box(session, 0, row + 1, box=share, rel_coordinates=True)
-            found = [masks.low_masks[:, 0] > 0 for masks in predictor.propagate_in_video(session)]
+            found = [masks.low_masks[:, 0] for masks in predictor.propagate_in_video(session)]
         drawn[name] = torch.stack(found, dim=1)  # (B, T, M, M)
     assert drawn["student"].shape[:2] == (2, 3)
-    for name, masks in drawn.items():
+    for name, logits in drawn.items():
         wanted = getattr(result, name)
         assert wanted.any()
-        assert (masks[:, 1:] == wanted).float().mean() > 0.999, name
-    assert (drawn["student"] != drawn["teacher"]).float().mean() > 0.05
+        other = (logits[:, 1:] > 0) != wanted
+        # Rounding, which grows from frame to frame, turns logits next to 0; these are about 2 in size.
+        assert other.float().mean() < 0.005 and (logits[:, 1:][other].abs() < 0.1).all(), name
+    assert ((drawn["student"] > 0) != (drawn["teacher"] > 0)).float().mean() > 0.05

@@ -29,7 +29,7 @@ from stage2.data.stills import Stills
 from stage2.model import MemoryDistiller
 from stage2.rollout import Rollout
 from stage2.trunk import load_trunk
-from tests.samples import write_record, write_sav_video
+from tests.samples import TINY_MAP, write_record, write_sav_video
 
 SQUARE = Preprocess(img_size=224, resize="square")  # of the tiny teacher
 CELLS = 64
@@ -175,14 +175,14 @@ def test_short_videos_repeat_their_last_frame(root: Path):
 
 
 def test_embeddings_are_what_the_trunk_gives_for_the_pictures(root: Path, stored: Path, teacher_file: Path):
-    store = VideoEmbeddings(stored, (64, 16, 16), {"preprocess": SQUARE.to_meta()})
+    store = VideoEmbeddings(stored, TINY_MAP, {"preprocess": SQUARE.to_meta()})
     loader = build_loader(dataset(root, length=6, store=store), EpochSampler(6, 3, seed=2), 1)
     trunk = load_trunk(teacher_file)
     pictures = build_loader(dataset(root, length=6), EpochSampler(6, 3, seed=2), 0)
     for read, raw in zip(loader, pictures, strict=True):
-        assert read.images is None and read.embeddings.shape == (3, 3, 64, 16, 16)
+        assert read.images is None and read.embeddings.shape == (3, 3, *TINY_MAP)
         assert read.embeddings.dtype == torch.float16 and read.embeddings.is_contiguous()
-        computed = trunk(raw.images.flatten(0, 1), raw.sizes.repeat_interleave(3, dim=0)).view(3, 3, 64, 16, 16)
+        computed = trunk(raw.images.flatten(0, 1), raw.sizes.repeat_interleave(3, dim=0)).view(3, 3, *TINY_MAP)
         torch.testing.assert_close(read.embeddings.float(), computed, atol=4e-3, rtol=4e-3)
         read.embeddings, read.images = None, raw.images
         assert_same(read, raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -23,10 +24,11 @@ from stage2 import save_video_embeddings_stage2, trunk
 from stage2.save_video_embeddings_stage2 import main
 from tests.engine.processes import finish, fork, join, torchrun, wait_for
 from tests.parity.fill import image
+from tests.samples import TINY_MAP
 
 PROGRAM = "stage2/save_video_embeddings_stage2.py"
 NUMBERS = {"sav_000001": range(6), "sav_000002": range(0, 17, 4), "sav_000003": range(3), "sav_000004": [0, 1, 4]}
-FRAME_BYTES = 64 * 16 * 16 * 2
+FRAME_BYTES = 2 * math.prod(TINY_MAP)
 SQUARE = Preprocess(img_size=224, resize="square")
 
 
@@ -74,7 +76,7 @@ def test_output_tree_and_values(stored: Path, teacher_file: Path, frames: Path):
     wanted = {f"{video}/{number:05d}.pt" for video, numbers in NUMBERS.items() for number in numbers}
     wanted |= {f"{video}/metadata.json" for video in NUMBERS} | {"global_metadata.json", "log_rank0.txt"}
     assert {path.relative_to(stored).as_posix() for path in stored.rglob("*") if path.is_file()} == wanted
-    embeddings = VideoEmbeddings(stored, (64, 16, 16), {"teacher": {"sha256": sha256(teacher_file)}})
+    embeddings = VideoEmbeddings(stored, TINY_MAP, {"teacher": {"sha256": sha256(teacher_file)}})
     assert embeddings.videos == tuple(NUMBERS)
     teacher = build_teacher_trunk(teacher_file, device="cpu")
     for video, numbers in NUMBERS.items():
@@ -92,7 +94,7 @@ def test_metadata(stored: Path, teacher_file: Path, frames: Path):
     video = json.loads((stored / "sav_000002/metadata.json").read_text())
     assert video["video_name"] == "sav_000002" and video["num_frames"] == 5 and video["completed"] is True
     assert video["frames"] == ["00000", "00004", "00008", "00012", "00016"]
-    assert (video["image_size"], video["backbone_stride"], video["feature_shape"]) == (224, 14, [64, 16, 16])
+    assert (video["image_size"], video["backbone_stride"], video["feature_shape"]) == (224, 14, list(TINY_MAP))
     assert video["teacher"] == {"name": teacher_file.name, "sha256": sha256(teacher_file)}
     assert video["preprocess"] == SQUARE.to_meta() and (video["dtype"], video["save_format"]) == ("fp16", "pt")
     everything = json.loads((stored / "global_metadata.json").read_text())
@@ -268,14 +270,14 @@ def test_a_merged_student_gives_the_students_embedding(teacher_file: Path, frame
     """Its pictures are padded as its meta says, where SAM3's are squashed."""
     place = "detector.backbone.vision_backbone.trunk."
     torch.manual_seed(0)
-    student = build_student("efficientvit_b0", 64, 16).eval()
+    student = build_student("efficientvit_b0", *TINY_MAP[:2]).eval()
     kept = {key: tensor for key, tensor in load_weights(teacher_file).tensors.items() if not key.startswith(place)}
     placed = {f"{place}model.{key}": tensor for key, tensor in student.state_dict().items()}
     pad = Preprocess(img_size=224, resize="pad")
     merged = tmp_path / "merged.pt"
     save_weights(merged, kept | placed, {"embed_size": 16, "preprocess": pad.to_meta()})
     assert save(merged, frames, tmp_path / "out", "--max_videos", 1) == 0
-    embeddings = VideoEmbeddings(tmp_path / "out", (64, 16, 16), {"preprocess": pad.to_meta()})
+    embeddings = VideoEmbeddings(tmp_path / "out", TINY_MAP, {"preprocess": pad.to_meta()})
     square, size = pad.fit(read_image(frames / "sav_000001/00001.jpg"))
     with torch.no_grad():
         expected = student(pad.normalise(square[None], torch.tensor([size])))[0]
@@ -292,7 +294,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert not output.exists()
     text = capsys.readouterr().out
     assert "videos       4 in" in text and "frames       17 (stride 1), 17 to do" in text
-    assert "36.86 kB a frame, 626.69 kB to come" in text and "frames/s by 1 processes on cpu" in text
+    assert "53.25 kB a frame, 905.22 kB to come" in text and "frames/s by 1 processes on cpu" in text
     write_video(tmp_path / "odd", "v", [1, 3])
     assert save(teacher_file, tmp_path / "odd", output, "--dry-run", "--frame_stride", 2) == 1
     assert "cannot be done: v: no frame of" in capsys.readouterr().out
@@ -303,7 +305,7 @@ def test_a_disk_too_small_is_refused_unless_told(
 ):
     monkeypatch.setattr("sam3.engine.files.free_bytes", lambda path: 1000)
     for flags in ((), ("--dry-run",)):
-        with pytest.raises(OSError, match=r"needs 626.69 kB .* only 1.00 kB are free.*--ignore_free_space begins"):
+        with pytest.raises(OSError, match=r"needs 905.22 kB .* only 1.00 kB are free.*--ignore_free_space begins"):
             save(teacher_file, frames, tmp_path / "out", *flags)
     assert not list(tmp_path.rglob("*.pt"))
     assert save(teacher_file, frames, tmp_path / "out", "--ignore_free_space", "--max_videos", 1) == 0

@@ -18,10 +18,9 @@ from stage2 import config as stage2_config
 from stage2 import save_video_embeddings_stage2
 from stage2.data.augmentation import Augmentation, Jitter
 from stage2.data.sources import Sources, open_sources, split_videos
-from tests.samples import write_sav_video
+from tests.samples import TINY_MAP, write_sav_video
 
 SQUARE = Preprocess(img_size=224, resize="square")  # of the tiny teacher
-SHAPE = (64, 16, 16)
 YAML = Path(__file__).resolve().parents[2] / "stage2/configs/efficient_memory.yaml"
 
 
@@ -53,7 +52,7 @@ def config_of(root: Path, stored: Path | None = None, **keys: Any) -> CfgNode:
 
 
 def opened(config: CfgNode, teacher: str = "") -> Sources:
-    return open_sources(config, SQUARE, SHAPE, {"sha256": teacher}, config.DATA.SKIP_BAD_VIDEOS)
+    return open_sources(config, SQUARE, TINY_MAP, {"sha256": teacher}, config.DATA.SKIP_BAD_VIDEOS)
 
 
 def test_videos_are_dealt_by_their_names_and_never_to_both(root: Path):
@@ -119,15 +118,15 @@ def test_embeddings_are_opened_and_checked(root: Path, stored: Path, teacher_fil
     config = config_of(root, stored)
     sources = opened(config, sha256(teacher_file))
     assert isinstance(sources.store, VideoEmbeddings) and not sources.left_out
-    assert f"stored in {stored}: (64, 16, 16) fp16 of 10 videos, {teacher_file.name}" in sources.describe()
+    assert f"stored in {stored}: {TINY_MAP} fp16 of 10 videos, {teacher_file.name}" in sources.describe()
     clips = sources.train_dataset(config)
     batch = clips.read_embeddings(clips.load([0, 1]))
-    assert batch.images is None and batch.embeddings.shape == (2, 8, 64, 16, 16)
+    assert batch.images is None and batch.embeddings.shape == (2, 8, *TINY_MAP)
     with pytest.raises(ValueError, match=r"teacher.sha256: found '[0-9a-f]{64}', wanted 'another'"):
         opened(config, "another")
     pad = Preprocess(img_size=224, resize="pad")
     with pytest.raises(ValueError, match=r"preprocess.resize"):
-        open_sources(config, pad, SHAPE, {"sha256": sha256(teacher_file)})
+        open_sources(config, pad, TINY_MAP, {"sha256": sha256(teacher_file)})
     with pytest.raises(ValueError, match=r"feature_shape"):
         open_sources(config, SQUARE, (1024, 72, 72), {"sha256": sha256(teacher_file)})
     with pytest.raises(FileNotFoundError, match=r"no video embeddings in .*gone"):

@@ -16,6 +16,7 @@ from sam3.engine.weights import load_weights
 from sam3.model.tracker_config import TINY_MEMORY
 from stage2 import train_memory_stage2
 from stage2.frozen_parts import tracker_meta
+from tests.samples import TINY_MAP
 from tests.stage1.runs import metrics, model_of
 from tests.stage2.runs import Inputs, write_config
 
@@ -95,7 +96,7 @@ def test_the_log_tells_the_plan(memory_run: Path, inputs: Inputs):
     assert f"4 train, 1 val in {inputs.frames}, clips of 3 frames, 4 apart" in text
     assert "start        layers of the teacher's, a random Perceiver" in text
     assert "4 in all, effective batch 1 = 1 x 1 processes x 1 accumulated" in text
-    assert "(64, 16, 16) fp16 of 5 videos, sam3_tiny.pt" in text
+    assert f"{TINY_MAP} fp16 of 5 videos, sam3_tiny.pt" in text
 
 
 def test_tensorboard_gets_pictures_of_clips(memory_run: Path, inputs: Inputs):

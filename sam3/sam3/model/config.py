@@ -92,10 +92,10 @@ PRESETS = {
     "tiny": Sam3Config(
         img_size=224,
         pretrain_img_size=112,
-        vit_dim=64,
+        vit_dim=96,
         vit_depth=4,
         vit_heads=4,
-        vit_mlp_dim=296,
+        vit_mlp_dim=384,
         window_size=8,
         global_blocks=(1, 3),
         dim=64,
@@ -104,10 +104,10 @@ PRESETS = {
         fusion_layers=2,
         decoder_layers=3,
         num_queries=20,
-        text_width=32,
+        text_width=12,
         text_heads=1,
         text_layers=2,
-        text_mlp_dim=128,
+        text_mlp_dim=48,
     ),
 }
 
