@@ -110,7 +110,7 @@ def build_sam3_image_model(
         load_from_HF: if no checkpoint is given, take `sam3_checkpoints/sam3.pt`, fetched from the hub if it is not
             there (access is gated).
         compile: compile the trunk and the mask head's pixel decoder at their first use.
-        dtype: cast the weights, for example to `torch.bfloat16`.
+        dtype: of the weights, for example `torch.bfloat16`; left out, float32, whatever the file holds.
         config: sizes, or the name of a preset; left out, they are read from the checkpoint (`full` without one).
         bpe_path: another CLIP vocabulary than the packaged one.
 
@@ -177,7 +177,7 @@ def build_teacher_trunk(
     with torch.device("meta"):
         trunk = build_vit(sizes)
     load_strict(trunk, strip_prefix(trunk_tensors, TRUNK), source=checkpoint_path)
-    trunk = trunk.to(device=choose_device(device), dtype=dtype).eval().requires_grad_(False)
+    trunk = trunk.to(device=choose_device(device), dtype=dtype or torch.float32).eval().requires_grad_(False)
     if compile:
         trunk.compile()
     return trunk
@@ -301,9 +301,7 @@ def _load_image_model(
     if with_tracker:
         tracker = load_tracker(file, config.img_size, config.patch_size)
         model.inst_interactive_predictor = InteractivePredictor(tracker, model.preprocess)
-    if len({parameter.dtype for parameter in model.parameters()}) > 1:
-        model.float()  # for example a student merged into a file of half precision
-    return model
+    return model.float()  # files may hold half precision, all over or in parts; no copy of what is float32
 
 
 def _neck_width(tensors: Mapping[str, Tensor], source: Path) -> int:

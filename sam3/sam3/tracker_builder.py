@@ -58,7 +58,7 @@ def build_video_model(
         checkpoint_path: `sam3.pt`, a tiny file in its layout, or one with a student or a compressed memory in it; left
             out, `sam3_checkpoints/sam3.pt`, fetched from the hub if it is not there (access is gated).
         device: `auto` (CUDA, else MPS, else CPU) or any torch device.
-        dtype: cast the weights, for example to `torch.bfloat16`.
+        dtype: of the weights, for example `torch.bfloat16`; left out, float32, whatever the file holds.
         with_trunk: False leaves the trunk out and in the file: `encode` then takes what a trunk gives.
 
     Raises:
@@ -81,9 +81,7 @@ def build_video_model(
     take_over(neck, neck_tensors, file.path)
     preprocess = read_preprocess(file) or Preprocess(img_size=img_size, resize="square")
     model = Sam3VideoModel(neck, tracker, preprocess)
-    if dtype is None and len({parameter.dtype for parameter in model.parameters()}) > 1:
-        dtype = torch.float32  # for example a student merged into a file of half precision
-    return model.to(device=choose_device(device), dtype=dtype).eval()
+    return model.to(device=choose_device(device), dtype=dtype or torch.float32).eval()
 
 
 def build_sam3_video_predictor(

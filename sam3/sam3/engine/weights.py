@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
 
+ROTARY_TABLES = "freqs_cis"  # buffers of that name follow from the size of the pictures
+
 # Names that the safetensors format gives to element types. complex64 (the rotary tables) needs safetensors >= 0.7.
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -345,6 +347,16 @@ def load_strict(
     on_meta = any(tensor.is_meta for tensor in own.values())
     module.load_state_dict(shared, strict=False, assign=on_meta)
     log.info("loaded %d tensors into %s from %s", len(shared), type(module).__name__, source)
+
+
+def load_for_any_size(module: nn.Module, path: str | Path) -> None:
+    """Load a file into the same model for pictures of another size: all but the rotary tables, which follow from it.
+
+    Raises what `load_weights` and `load_strict` raise.
+    """
+    found = {key: tensor for key, tensor in load_weights(path).tensors.items() if not key.endswith(ROTARY_TABLES)}
+    tables = {key: tensor for key, tensor in module.state_dict().items() if key.endswith(ROTARY_TABLES)}
+    load_strict(module, {**found, **tables}, source=path)
 
 
 def _split(keys: Iterable[str], allowed: Sequence[str]) -> tuple[list[str], list[str]]:
