@@ -13,12 +13,14 @@ PACKAGES = {
     "distillation": "distillation",
     "distillation.models": "distillation/models",
     "distillation.prompt": "distillation/prompt",
+    "distillation.supervised": "distillation/supervised",
     "distillation.teachers": "distillation/teachers",
     "stage1": "stage1",
     "stage1.data": "stage1/data",
     "stage1_geometry_finetune": "stage1_geometry_finetune",
     "stage2": "stage2",
     "stage2.data": "stage2/data",
+    "stage2.supervised": "stage2/supervised",
 }
 
 REQUIRES = [

@@ -6,14 +6,14 @@ side of the masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam3.engine.losses import build_valid_mask, mask_dice, mask_focal, mask_soft_iou
+from sam3.engine.losses import FOCAL_ALPHA, FOCAL_GAMMA, build_valid_mask, mask_dice, mask_focal, mask_soft_iou
 from sam3.engine.metrics import mask_iou
 from sam3.model.tracker import ObjectMasks
 from sam3.model.tracker_memory import CompressedMemory
@@ -21,6 +21,7 @@ from stage2.data.batch import PRESENT, UNKNOWN, ClipBatch, mean_per_clip
 from stage2.rollout import Clip, Rollout
 
 IOU_TYPES = ("mask", "score")
+FrameTerms = Mapping[int, Mapping[str, Tensor]]  # of frames 1 to T - 1, as `frame_terms` gives them
 
 
 @dataclass
@@ -94,7 +95,16 @@ class MemoryDistiller(nn.Module):
         terms: dict[int, dict[str, Tensor]] = {}
 
         def visit(t: int, conditioned: Tensor, heads: ObjectMasks) -> None:
-            terms[t] = self._terms(heads, batch.masks[:, t], valid)
+            terms[t] = frame_terms(
+                heads,
+                batch.masks[:, t],
+                valid,
+                focal_weight=self.weights["focal"],
+                dice_weight=self.weights["dice"],
+                iou_types=(self.iou_type,),
+                focal_alpha=self.focal_alpha,
+                focal_gamma=self.focal_gamma,
+            )
             if t in targets:
                 terms[t]["mse"] = (conditioned.float() - targets.pop(t).float()).square().mean((1, 2, 3))
 
@@ -113,41 +123,14 @@ class MemoryDistiller(nn.Module):
     def _follow_teacher(self, clip: Clip, keep_target: Callable[[int, Tensor], None]) -> None:
         self.rollout.follow(clip, lambda t, conditioned, heads: keep_target(t, conditioned))
 
-    def _terms(self, heads: ObjectMasks, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Of one frame, for each object (B,); target: bool (B, M, M)."""
-        target = target[:, None].float()  # (B, 1, M, M)
-        repeated = target.expand_as(heads.candidates)
-        focal = mask_focal(heads.candidates, repeated, valid, self.focal_alpha, self.focal_gamma)  # (B, K)
-        dice = mask_dice(heads.candidates, repeated, valid)
-        cost = self.weights["focal"] * focal + self.weights["dice"] * dice
-        best = cost.detach().argmin(dim=1, keepdim=True)  # (B, 1)
-        terms = {"focal": focal.gather(1, best)[:, 0], "dice": dice.gather(1, best)[:, 0]}
-        if self.iou_type == "mask":
-            chosen = heads.candidates.gather(1, best[..., None, None].expand(-1, -1, *target.shape[2:]))
-            terms["iou"] = mask_soft_iou(chosen, target, valid)[:, 0]
-        else:
-            inside = valid.bool()
-            drawn = (heads.candidates.detach() > 0) & inside
-            found = mask_iou(drawn.flatten(0, 1), (repeated.bool() & inside).flatten(0, 1)).view_as(heads.ious)
-            terms["iou"] = (heads.ious.float() - found).abs().mean(1)
-        terms["object_logits"] = heads.object_logits[:, 0].float()
-        return terms
-
     def _losses(self, terms: dict[int, dict[str, Tensor]], batch: ClipBatch) -> dict[str, Tensor]:
-        states = batch.states[:, 1:]  # (B, T - 1)
-        known, present = (states != UNKNOWN).float(), (states == PRESENT).float()
-
-        def mean(name: str, weights: Tensor) -> Tensor:
-            values = torch.stack([terms[t][name] for t in sorted(terms)], dim=1)  # (B, T - 1)
-            return mean_per_clip(values, weights, batch.clip_of_object, len(batch))
-
-        losses = {name: mean(name, present) for name in ("focal", "dice", "iou")}
+        present = (batch.states[:, 1:] == PRESENT).float()  # (B, T - 1)
+        losses = {name: mean_over_frames(terms, name, present, batch) for name in ("focal", "dice")}
+        losses["iou"] = mean_over_frames(terms, self.iou_type, present, batch)
         if "mse" in self._names():
-            losses["mse"] = mean("mse", torch.ones_like(known))
+            losses["mse"] = mean_over_frames(terms, "mse", torch.ones_like(present), batch)
         if "occlusion" in self._names():
-            logits = torch.stack([terms[t]["object_logits"] for t in sorted(terms)], dim=1)
-            values = F.binary_cross_entropy_with_logits(logits, present, reduction="none")
-            losses["occlusion"] = mean_per_clip(values, known, batch.clip_of_object, len(batch))
+            losses["occlusion"] = occlusion_loss(terms, batch)
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         return {"total": total, **{name: loss.detach() for name, loss in losses.items()}}
 
@@ -174,3 +157,56 @@ class MemoryDistiller(nn.Module):
         """(V, 1, M, M), ones over the frames, zeros over the padding."""
         model = self.rollout.model
         return build_valid_mask(batch.sizes, model.preprocess.img_size, model.tracker.low_side)
+
+
+def frame_terms(
+    heads: ObjectMasks,
+    target: Tensor,
+    valid: Tensor,
+    *,
+    focal_weight: float,
+    dice_weight: float,
+    iou_types: Sequence[str] = IOU_TYPES,
+    focal_alpha: float = FOCAL_ALPHA,
+    focal_gamma: float = FOCAL_GAMMA,
+) -> dict[str, Tensor]:
+    """Losses of one frame, of each object: (B,).
+
+    focal, dice: of the proposed mask whose weighted sum of the two is least. mask: 1 - soft IoU of that mask. score:
+    |predicted IoU - IoU|, mean of all proposals. object_logits: as they are, for `occlusion_loss`.
+
+    Args:
+        target: bool (B, M, M); valid: (B, 1, M, M), ones over the frame, zeros over its padding.
+        iou_types: which of mask and score to compute.
+    """
+    target = target[:, None].float()  # (B, 1, M, M)
+    repeated = target.expand_as(heads.candidates)
+    focal = mask_focal(heads.candidates, repeated, valid, focal_alpha, focal_gamma)  # (B, K)
+    dice = mask_dice(heads.candidates, repeated, valid)
+    cost = focal_weight * focal + dice_weight * dice
+    best = cost.detach().argmin(dim=1, keepdim=True)  # (B, 1)
+    terms = {"focal": focal.gather(1, best)[:, 0], "dice": dice.gather(1, best)[:, 0]}
+    if "mask" in iou_types:
+        chosen = heads.candidates.gather(1, best[..., None, None].expand(-1, -1, *target.shape[2:]))
+        terms["mask"] = mask_soft_iou(chosen, target, valid)[:, 0]
+    if "score" in iou_types:
+        inside = valid.bool()
+        drawn = (heads.candidates.detach() > 0) & inside
+        found = mask_iou(drawn.flatten(0, 1), (repeated.bool() & inside).flatten(0, 1)).view_as(heads.ious)
+        terms["score"] = (heads.ious.float() - found).abs().mean(1)
+    terms["object_logits"] = heads.object_logits[:, 0].float()
+    return terms
+
+
+def mean_over_frames(terms: FrameTerms, name: str, weights: Tensor, batch: ClipBatch) -> Tensor:
+    """Mean of a term by weights (B, T - 1); see `mean_per_clip`."""
+    values = torch.stack([terms[t][name] for t in sorted(terms)], dim=1)  # (B, T - 1)
+    return mean_per_clip(values, weights, batch.clip_of_object, len(batch))
+
+
+def occlusion_loss(terms: FrameTerms, batch: ClipBatch) -> Tensor:
+    """Cross-entropy of the object logits of frames 1 to T - 1 where it is known whether the object is there."""
+    states = batch.states[:, 1:]  # (B, T - 1)
+    logits = torch.stack([terms[t]["object_logits"] for t in sorted(terms)], dim=1)
+    values = F.binary_cross_entropy_with_logits(logits, (states == PRESENT).float(), reduction="none")
+    return mean_per_clip(values, (states != UNKNOWN).float(), batch.clip_of_object, len(batch))

@@ -20,13 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from sam3.model.memory_bank import MemoryBank, MemoryRecord
 from sam3.model.sam3_video import Sam3VideoModel
-from sam3.model.tracker import FrameFeatures, ObjectMasks
+from sam3.model.tracker import FrameFeatures, ObjectMasks, Sam3Tracker
 from sam3.model.tracker_memory import CompressedMemory, DenseMemory, GatheredMemory
 from stage2.data.batch import ClipBatch
 
 Memory = DenseMemory | CompressedMemory
 # Frame t, its memory-conditioned map (B, C, G, G), and the masks that the heads made of that.
 Visit = Callable[[int, Tensor, ObjectMasks], None]
+# Kind of a prompt, the objects (long) that are prompted so, and their masks in frame 0.
+VisitPrompted = Callable[[str, Tensor, ObjectMasks], None]
 Result = TypeVar("Result")
 
 
@@ -45,36 +47,38 @@ class Clip:
         return features_of(self.frames[t], self.rows)
 
 
-class Rollout:
-    """Runs a frozen video model over clips. No module: whoever holds it neither trains, saves nor moves the model.
+class TrackerRollout:
+    """Runs a tracker over clips whose features are known. No module: whoever holds it neither trains, saves nor moves
+    the tracker. Gradients flow through all steps, masks that are remembered among them.
 
     Args:
-        model: in eval mode, frozen, on its device.
+        tracker: on its device; how it is to be trained, if at all, is its owner's matter.
         recompute: where gradients flow, keep what was remembered of each frame and its conditioned map and masks only,
             and compute a frame's steps again in the backward pass.
     """
 
-    def __init__(self, model: Sam3VideoModel, recompute: bool = True):
-        self.model = model.eval().requires_grad_(False)
-        self.tracker = self.model.tracker
+    def __init__(self, tracker: Sam3Tracker, recompute: bool = True):
+        self.tracker = tracker
         self.recompute = recompute
 
-    @torch.no_grad()
-    def start(self, batch: ClipBatch) -> Clip:
-        """Features of all frames, and the prompted first one."""
-        frames = [self._encode(batch, t) for t in range(batch.num_frames)]
+    def begin(self, frames: Sequence[FrameFeatures], batch: ClipBatch, visit: VisitPrompted | None = None) -> Clip:
+        """The prompted first frame; `visit` is called for each kind of prompt. frames: features of all T frames."""
         rows = batch.clip_of_object
-        first = self._prompted(frames[0], batch)
+        first = self._prompted(frames[0], batch, visit)
         top = maps_of(frames[0].top, rows)
         first_map = self.tracker.encode_memory(top, first.low, first.object_logits, from_prompt=True)
         return Clip(frames, rows, first, first_map)
 
-    def follow(self, clip: Clip, visit: Visit, memory: Memory | None = None) -> None:
-        """Goes through frames 1 to T - 1 with a memory (the model's own if left out), calling `visit` at each."""
+    def follow(self, clip: Clip, visit: Visit, memory: Memory | None = None, length: int | None = None) -> None:
+        """Goes through frames 1 to T - 1 with a memory (the model's own if left out), calling `visit` at each.
+
+        length: frames of the video that begins with the clip, by which the distances of pointers are told; T if left
+        out.
+        """
         bank, num_frames = MemoryBank(), len(clip.frames)
         bank.add(0, self._remember(clip.first_map, clip.first, memory), cond=True)
         for t in range(1, num_frames):
-            gathered = self.tracker.gather(bank.plan(t, num_frames), bank.records, memory)
+            gathered = self.tracker.gather(bank.plan(t, length or num_frames), bank.records, memory)
             conditioned, heads, memory_map = self._step(clip, t, gathered, memory)
             visit(t, conditioned, heads)
             if memory_map is not None:
@@ -131,13 +135,7 @@ class Rollout:
             return function(values)
         return checkpoint(function, values, use_reentrant=False)
 
-    def _encode(self, batch: ClipBatch, t: int) -> FrameFeatures:
-        if batch.embeddings is not None:
-            return self.model.encode(batch.embeddings[:, t].to(self.model.dtype))
-        images = self.model.preprocess.normalise(batch.images[:, t], batch.sizes)
-        return self.model.encode(images.to(self.model.dtype))
-
-    def _prompted(self, features: FrameFeatures, batch: ClipBatch) -> ObjectMasks:
+    def _prompted(self, features: FrameFeatures, batch: ClipBatch, visit: VisitPrompted | None) -> ObjectMasks:
         """From the features of the first frames, of each of V clips. Each kind of prompt in a pass of its own, so that
         none gets padding that inference would not give it."""
         parts, order = [], []
@@ -156,6 +154,8 @@ class Rollout:
                 points = (batch.points[index, :count], batch.labels[index, :count])
                 parts.append(self.tracker.predict_masks(conditioned, own.high_res, len(rows), points))
             order += rows
+            if visit is not None:
+                visit(kind, index, parts[-1])
         back = torch.tensor(order).argsort().to(features.top.device, non_blocking=True)
 
         def join(name: str) -> Tensor:
@@ -163,6 +163,30 @@ class Rollout:
 
         low = join("low")  # as for candidates and ious: of each prompt, those of the chosen mask
         return ObjectMasks(low, low, torch.ones_like(join("object_logits")), join("object_logits"), join("pointer"))
+
+
+class Rollout(TrackerRollout):
+    """Runs a frozen video model over clips.
+
+    Args:
+        model: in eval mode, frozen, on its device.
+        recompute: see `TrackerRollout`.
+    """
+
+    def __init__(self, model: Sam3VideoModel, recompute: bool = True):
+        self.model = model.eval().requires_grad_(False)
+        super().__init__(self.model.tracker, recompute)
+
+    @torch.no_grad()
+    def start(self, batch: ClipBatch) -> Clip:
+        """Features of all frames, and the prompted first one."""
+        return self.begin([self._encode(batch, t) for t in range(batch.num_frames)], batch)
+
+    def _encode(self, batch: ClipBatch, t: int) -> FrameFeatures:
+        if batch.embeddings is not None:
+            return self.model.encode(batch.embeddings[:, t].to(self.model.dtype))
+        images = self.model.preprocess.normalise(batch.images[:, t], batch.sizes)
+        return self.model.encode(images.to(self.model.dtype))
 
 
 def maps_of(maps: Tensor, rows: Tensor) -> Tensor:
