@@ -19,7 +19,7 @@ ALLOWED = {
     "stage2": {"sam3", "stage2"},
     "data": {"sam3"},
     "distillation": {"sam3", "distillation"},
-    "scripts": {"sam3", "distillation"},
+    "scripts": {"sam3", "stage2", "distillation"},
     "benchmarks": {"sam3", "stage1", "stage1_geometry_finetune", "stage2", "distillation", "benchmarks", "tests"},
 }
 OWN = {*ALLOWED, "tests"}

@@ -1,0 +1,212 @@
+"""Scenes made on the fly, with random prompts to train on, or with the fixed ones that are evaluated.
+
+The same seed, epoch and index give the same scene in any process, and in the same place of a batch the same prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillation.supervised.batch import ClickRows, SceneBatch, coverage, pad_rows
+from distillation.supervised.scene_prompts import (
+    ScenePrompt,
+    boxes_of,
+    choose_prompt,
+    inner_point,
+    make_prompt,
+    noisy_box,
+)
+from sam3.engine.scene_names import Phrase
+from sam3.engine.scenes import MIN_AREA, MIN_SHOWN, Scene, make_scene, number_of_scene
+from sam3.model.video_prompts import BOX_LABELS
+from sam3.transforms import Preprocess
+
+EVALUATED = ("text", "text", "absent", "absent", "box", "box", "point")
+RANDOM_CLICKS = 0.5  # share of the training clicks that fall anywhere on the object instead of into its middle
+MASK_SCALE = 4  # cells of the mask grid per token of the trunk's
+
+
+@dataclass
+class _Asked:
+    """One scene with what is asked about it. clicks, corners: (object, points, labels)."""
+
+    key: str
+    image: np.ndarray
+    masks: np.ndarray
+    boxes: np.ndarray
+    prompts: list[ScenePrompt]
+    exemplars: list[list[np.ndarray]]
+    points: list[list[np.ndarray]]
+    clicks: list[tuple[int, np.ndarray]]
+    corners: list[tuple[int, np.ndarray]]
+
+
+class SceneDataset:
+    """What `sam3.engine.loader` asks of a dataset; `store` is None, there are no embeddings.
+
+    num_scenes: length of an epoch. scene_size: side of the scenes; where the model takes less, it sees a part of each
+    (`view_of`). preprocess, patch_size: the model's. split: "train" or "val". prompts, clicks: image-prompt pairs, and
+    rows for the click head, of each training scene; click_every: one scene of a batch in so many has clicks, since the
+    second neck costs as much as the first. photos: see `make_scene`.
+    """
+
+    store = None
+
+    def __init__(
+        self,
+        num_scenes: int,
+        scene_size: int,
+        preprocess: Preprocess,
+        patch_size: int,
+        split: str,
+        seed: int = 0,
+        prompts: int = 2,
+        clicks: int = 4,
+        click_every: int = 2,
+        photos: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        if preprocess.img_size > scene_size:
+            raise ValueError(f"views of {preprocess.img_size} px cannot be cut from scenes of {scene_size} px")
+        self.num_scenes, self.scene_size, self.preprocess, self.split = num_scenes, scene_size, preprocess, split
+        self.mask_side = MASK_SCALE * preprocess.img_size // patch_size
+        self.seed, self.prompts, self.clicks, self.click_every = seed, prompts, clicks, click_every
+        self.photos = photos
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def load(self, indices: Sequence[int], epoch: int) -> SceneBatch:
+        if self.split == "val":
+            return self._join([self._evaluated(index) for index in indices])
+        return self._join([self._trained(i, epoch, place % self.click_every == 0) for place, i in enumerate(indices)])
+
+    def read_embeddings(self, batch: SceneBatch, memory: Any, pin: bool) -> SceneBatch:
+        return batch
+
+    def _scene(self, number: int, rng: np.random.Generator) -> Scene:
+        scene = make_scene(number_of_scene(self.seed, number), self.scene_size, self.split, photos=self.photos)
+        side = self.preprocess.img_size
+        return scene if side == self.scene_size else view_of(scene, side, rng)
+
+    def _trained(self, index: int, epoch: int, with_clicks: bool) -> _Asked:
+        number = epoch * self.num_scenes + index
+        rng = np.random.default_rng([self.seed, number, 1])
+        scene = self._scene(number, rng)
+        prompts = [choose_prompt(scene, rng) for _ in range(self.prompts)]
+        clicks, corners = [], []
+        boxes = boxes_of(scene.masks)
+        for turn in range(self.clicks if with_clicks else 0):
+            shown = int(rng.integers(len(scene.objects)))
+            if turn % 3 == 2:
+                corners.append((shown, noisy_box(boxes[shown], self.preprocess.img_size, rng).reshape(2, 2)))
+            else:
+                anywhere = rng if rng.random() < RANDOM_CLICKS else None
+                clicks.append((shown, inner_point(scene.masks[shown], anywhere)[None]))
+        return self._ask(scene, number, prompts, clicks, corners, rng)
+
+    def _evaluated(self, index: int) -> _Asked:
+        rng = np.random.default_rng([self.seed, index, 2])
+        scene = self._scene(index, rng)
+        prompts, seen = [], set()
+        for kind in EVALUATED:
+            prompt = make_prompt(kind, scene, rng)
+            mark = prompt and (kind, prompt.text, *prompt.boxes, *prompt.points)
+            if prompt is not None and mark not in seen:
+                seen.add(mark)
+                prompts.append(prompt)
+        shown = rng.permutation(len(scene.objects))[:2].tolist()
+        boxes = boxes_of(scene.masks)
+        clicks = [(i, inner_point(scene.masks[i], None)[None]) for i in shown]
+        corners = [(i, boxes[i].reshape(2, 2)) for i in shown]
+        return self._ask(scene, index, prompts, clicks, corners, None)
+
+    def _ask(
+        self, scene: Scene, number: int, prompts: list[ScenePrompt], clicks: list, corners: list, rng: Any
+    ) -> _Asked:
+        size, boxes = self.preprocess.img_size, boxes_of(scene.masks)
+        shown = [[boxes[i] if rng is None else noisy_box(boxes[i], size, rng) for i, _ in p.boxes] for p in prompts]
+        points = [[inner_point(scene.masks[i], rng) + 0.5 for i, _ in p.points] for p in prompts]
+        return _Asked(str(number), scene.image, scene.masks, boxes, prompts, shown, points, clicks, corners)
+
+    def _join(self, scenes: list[_Asked]) -> SceneBatch:
+        size, most = self.preprocess.img_size, max(len(scene.masks) for scene in scenes)
+        count = len(scenes)
+        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+        masks = torch.zeros(count, most, self.mask_side, self.mask_side, dtype=torch.uint8)
+        boxes = torch.zeros(count, most, 4)
+        full = torch.zeros(count, most, size, size, dtype=torch.bool) if self.split == "val" else None
+        for i, scene in enumerate(scenes):
+            masks[i, : len(scene.masks)] = coverage(scene.masks, self.mask_side)
+            boxes[i, : len(scene.masks)] = torch.from_numpy(scene.boxes) / size
+            if full is not None:
+                full[i, : len(scene.masks)] = torch.from_numpy(scene.masks)
+        prompts = [prompt for scene in scenes for prompt in scene.prompts]
+        wanted = np.zeros((len(prompts), most), bool)
+        for row, prompt in enumerate(prompts):
+            wanted[row, : len(prompt.wanted)] = prompt.wanted
+        exemplars = [[box / size for box in row] for scene in scenes for row in scene.exemplars]
+        points = [[point / size for point in row] for scene in scenes for row in scene.points]
+        shown = [(prompt.boxes or prompt.points or [(-1, 0)])[0][0] for prompt in prompts]
+        return SceneBatch(
+            [scene.key for scene in scenes],
+            *(images, masks, boxes),
+            torch.tensor([i for i, scene in enumerate(scenes) for _ in scene.prompts]),
+            [prompt.kind for prompt in prompts],
+            [prompt.text for prompt in prompts],
+            torch.from_numpy(wanted),
+            *pad_rows(exemplars, [[label for _, label in prompt.boxes] for prompt in prompts], 4),
+            *pad_rows(points, [[label for _, label in prompt.points] for prompt in prompts], 2),
+            torch.tensor(shown),
+            _click_rows([scene.clicks for scene in scenes], (1,)),
+            _click_rows([scene.corners for scene in scenes], BOX_LABELS),
+            full_masks=full,
+        )
+
+
+def view_of(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
+    """A square part of a scene, `side` pixels wide, around one of its objects.
+
+    Tokens see what they see in whole scenes, at a fraction of the cost: what a model can learn first. Objects of which
+    too little is left, by the measures of whole scenes, stay in the picture and are no longer asked for.
+    """
+    boxes, whole = boxes_of(scene.masks), scene.masks.sum((1, 2))
+    middle = int(rng.integers(len(boxes)))
+    left, top, right, bottom = boxes[middle]
+    limit = scene.image.shape[0] - side
+    x, y = (
+        int(rng.integers(low, max(low, high) + 1))
+        for low, high in (
+            (np.clip(end - side, 0, limit), np.clip(start, 0, limit)) for start, end in ((left, right), (top, bottom))
+        )
+    )
+    masks = scene.masks[:, y : y + side, x : x + side]
+    seen = masks.sum((1, 2))
+    clear = (seen >= MIN_AREA * side * side) & (seen >= MIN_SHOWN * whole)
+    clear[middle] = True  # it may be larger than the view
+    kept = np.flatnonzero(clear)
+    place = {int(old): new for new, old in enumerate(kept)}
+    phrases = []
+    for phrase in scene.phrases:
+        matches = tuple(place[old] for old in phrase.matches if old in place)
+        if bool(matches) == bool(phrase.matches):
+            phrases.append(Phrase(phrase.text, matches))
+    image = scene.image[y : y + side, x : x + side]
+    return Scene(image, masks[kept], [scene.objects[old] for old in kept], phrases)
+
+
+def _click_rows(rows: list[list[tuple[int, np.ndarray]]], labels: Sequence[int]) -> ClickRows:
+    """Of each image (object, points (P, 2)); all get the same P labels."""
+    flat = [(image, shown, points) for image, own in enumerate(rows) for shown, points in own]
+    points = np.stack([xy for _, _, xy in flat]) if flat else np.zeros((0, len(labels), 2), np.float32)
+    image, shown = (torch.tensor([row[column] for row in flat], dtype=torch.long) for column in (0, 1))
+    return ClickRows(image, shown, torch.from_numpy(points), _repeated(labels, len(flat)))
+
+
+def _repeated(labels: Sequence[int], count: int) -> Tensor:
+    return torch.tensor(list(labels), dtype=torch.long).expand(count, -1)

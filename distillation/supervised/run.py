@@ -1,0 +1,110 @@
+"""The first two phases of SAM3's training from scratch, as runs of the shared engine: views of scenes, then scenes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from yacs.config import CfgNode
+
+from distillation.supervised import config as supervised_config
+from distillation.supervised.dataset import SceneDataset
+from distillation.supervised.evaluation import SceneValidator
+from distillation.supervised.model import SupervisedSam3
+from distillation.supervised.set_loss import SetLoss
+from sam3.engine.config import leaf_keys
+from sam3.engine.distributed import World
+from sam3.engine.loader import loader_from_config, once_sampler, train_sampler
+from sam3.engine.log import MetricLog
+from sam3.engine.recipe import by_steps
+from sam3.engine.scene_grounds import list_grounds, read_grounds, split_grounds
+from sam3.engine.training_run import TrainingRun
+from sam3.engine.weights import load_for_any_size
+from sam3.model.config import Sam3Config
+from sam3.model.tracker_config import TrackerConfig
+from sam3.model_builder import assemble_image_model
+from sam3.tracker_builder import assemble_tracker
+
+SCENES_PER_EPOCH = 1_000_000  # more than a run sees
+GROUND_SHARES = (48, 8)  # how train and val share the photos, as in the sample set of scenes
+# Going on with another value of one of these would mean something else.
+RESUME_KEYS = (
+    *("PHASE", "SEED", "MODEL.PRESET", "TRAIN.OPTIMIZER.NAME"),
+    *("DATA.IMG_SIZE", "DATA.PHOTOS", "DATA.PROMPTS", "DATA.CLICKS", "DATA.CLICK_EVERY"),
+    *(key for key in leaf_keys(supervised_config.defaults()) if key.startswith("LOSS.")),
+)
+
+
+def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> TrainingRun:
+    """Data and model of a phase; see `sam3.engine.training_run.run_stage`."""
+    model = build_model(config)
+    model.to(world.device)
+    if config.TRAIN.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
+    train_dataset = scenes(config, model, "train", SCENES_PER_EPOCH)
+    sampler = train_sampler(config, len(train_dataset), world)
+
+    def make_validator(metrics: MetricLog) -> SceneValidator:
+        dataset = scenes(config, model, "val", config.DATA.NUM_VAL_SCENES)
+        batches = once_sampler(len(dataset), config.DATA.BATCH_SIZE, world)
+        return SceneValidator(model, loader_from_config(config, dataset, batches, world.device), world)
+
+    pretrained = config.MODEL.PRETRAINED
+    return TrainingRun(
+        config,
+        world,
+        output,
+        model,
+        saved=model,
+        sampler=sampler,
+        make_loader=lambda: loader_from_config(config, train_dataset, sampler, world.device),
+        make_validator=make_validator,
+        load_weights=lambda path: load_for_any_size(model, path),
+        start_from=(lambda: load_for_any_size(model, pretrained)) if pretrained else None,
+        meta={"phase": config.PHASE, "preset": config.MODEL.PRESET},
+        resume_keys=RESUME_KEYS,
+        lines={"scenes": f"made on the fly, {config.DATA.IMG_SIZE} px, {config.DATA.PROMPTS} prompts each"},
+        project="EfficientSAM3-Tiny",
+        best_metric="val/target",
+        best_mode="max",
+        config_name="config.yaml",
+        make_recipe=by_steps,
+        unit="scenes",
+        data="generated scenes",
+        tensorboard_folder="tensorboard",
+    )
+
+
+def build_model(config: CfgNode) -> SupervisedSam3:
+    """With random weights, for pictures of DATA.IMG_SIZE."""
+    sizes = replace(Sam3Config.preset(config.MODEL.PRESET), img_size=config.DATA.IMG_SIZE)
+    detector = assemble_image_model(sizes, with_sam2_neck=True)
+    tracker = assemble_tracker(replace(TrackerConfig.preset(config.MODEL.PRESET), img_size=config.DATA.IMG_SIZE))
+    loss = config.LOSS
+    set_loss = SetLoss(supervised_config.set_weights(config), loss.COPIES)
+    return SupervisedSam3(detector, tracker, set_loss, loss.CLICK_WEIGHT, loss.MASK_SHARE)
+
+
+def scenes(config: CfgNode, model: SupervisedSam3, split: str, count: int) -> SceneDataset:
+    """`count` scenes of a split, at the size of the preset."""
+    sizes = Sam3Config.preset(config.MODEL.PRESET)
+    return SceneDataset(
+        count,
+        sizes.img_size,
+        model.detector.preprocess,
+        sizes.patch_size,
+        split,
+        config.SEED if split == "train" else 0,
+        config.DATA.PROMPTS,
+        config.DATA.CLICKS,
+        config.DATA.CLICK_EVERY,
+        grounds(config.DATA.PHOTOS, split, sizes.img_size),
+    )
+
+
+def grounds(folder: str, split: str, size: int) -> tuple[np.ndarray, ...]:
+    """Photos behind the objects of a split's scenes, `size` px at the shorter side at most; empty: the bundled ones."""
+    photos = list_grounds(Path(folder) if folder else None)
+    return read_grounds(split_grounds(photos, *GROUND_SHARES, seed=0)[split], size)

@@ -1,0 +1,250 @@
+"""Scenes and prompts as batches: the same for the same seed, whole and padded; parts of scenes, with their phrases."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distillation.supervised.batch import SceneBatch, coverage, pad_rows
+from distillation.supervised.dataset import SceneDataset, view_of
+from sam3.engine.loader import build_loader
+from sam3.engine.sampler import EpochSampler
+from sam3.engine.scenes import Scene, make_scene, number_of_scene
+from sam3.model.video_prompts import BOX_LABELS
+from sam3.transforms import Preprocess
+from tests.distillation.supervised.scenes import BLUE_SQUARE, GREEN_STAR, RED_SQUARE, STRIPED_RED, hand_made
+
+SIDE, PATCH = 64, 8
+GRID = 4 * SIDE // PATCH  # cells of a mask
+
+
+def dataset(split: str = "train", count: int = 8, view: int = SIDE, **options) -> SceneDataset:
+    return SceneDataset(count, SIDE, Preprocess(view), PATCH, split, **options)
+
+
+def assert_same(first: SceneBatch, second: SceneBatch):
+    for field in dataclasses.fields(first):
+        ours, theirs = getattr(first, field.name), getattr(second, field.name)
+        if dataclasses.is_dataclass(ours):
+            ours, theirs = list(vars(ours).values()), list(vars(theirs).values())
+        for mine, other in zip(*(side if isinstance(side, list) else [side] for side in (ours, theirs)), strict=True):
+            assert torch.equal(mine, other) if isinstance(mine, Tensor) else mine == other, field.name
+
+
+@pytest.fixture(scope="module")
+def val() -> SceneBatch:
+    return dataset("val", seed=3).load(list(range(8)), 0)
+
+
+# The same again -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", [SIDE, 40])
+def test_batches_follow_from_the_seed_in_any_process(view: int):
+    sampler, data = EpochSampler(8, 3, seed=1), dataset(view=view, seed=5)
+    here, there = (build_loader(data, sampler, workers, start_method="fork") for workers in (0, 1))
+    for first, second in zip(list(here), list(there), strict=True):
+        assert_same(first, second)
+    again = dataset(view=view, seed=5)
+    assert_same(data.load([6, 1, 4], 2), again.load([6, 1, 4], 2))
+
+
+def test_order_moves_scenes_and_changes_none():
+    data = dataset(seed=5, click_every=1)
+    pair, turned, alone = data.load([2, 7], 0), data.load([7, 2], 0), data.load([7], 0)
+    assert pair.keys == turned.keys[::-1] == ["2", "7"]
+    assert torch.equal(pair.images, turned.images.flip(0)) and torch.equal(pair.images[1:], alone.images)
+    assert pair.phrases == turned.phrases[2:] + turned.phrases[:2] and pair.phrases[2:] == alone.phrases
+    for ours, theirs in ((pair.clicks, turned.clicks), (pair.corners, turned.corners)):
+        each = len(ours) // 2
+        assert each and torch.equal(ours.points, torch.cat((theirs.points[each:], theirs.points[:each])))
+
+
+def test_seeds_epochs_and_places_give_other_scenes():
+    first = dataset(seed=5).load([1], 0)
+    for other in (dataset(seed=6).load([1], 0), dataset(seed=5).load([1], 1), dataset(seed=5).load([2], 0)):
+        assert not torch.equal(first.images, other.images)
+    assert torch.equal(dataset(count=4).load([1], 1).images, dataset(count=8).load([5], 0).images)  # none comes twice
+    evaluated = dataset("val")
+    assert_same(evaluated.load([1, 2], 0), evaluated.load([1, 2], 9))
+
+
+# What a batch holds ---------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_whole_and_padded(val: SceneBatch):
+    scenes = [make_scene(number_of_scene(3, i), SIDE, "val") for i in range(8)]
+    counts = [len(scene.objects) for scene in scenes]
+    most = max(counts)
+    assert min(counts) < most and val.images.shape == (8, 3, SIDE, SIDE)
+    assert val.masks.shape == (8, most, GRID, GRID) and val.full_masks.shape == (8, most, SIDE, SIDE)
+    for i, (scene, count) in enumerate(zip(scenes, counts, strict=True)):
+        assert (val.images[i].permute(1, 2, 0).numpy() == scene.image).all()
+        assert (val.full_masks[i, :count].numpy() == scene.masks).all()
+        rows, columns = scene.masks[0].nonzero()
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert val.boxes[i, 0].tolist() == pytest.approx([edge / SIDE for edge in box])
+        assert not val.full_masks[i, count:].any() and not val.masks[i, count:].any() and not val.boxes[i, count:].any()
+        assert not val.wanted[val.image == i][:, count:].any()
+        for row in (val.image == i).nonzero().flatten().tolist():
+            if val.kinds[row] in ("text", "absent"):
+                (phrase,) = (phrase for phrase in scene.phrases if phrase.text == val.phrases[row])
+                assert val.wanted[row].nonzero().flatten().tolist() == list(phrase.matches)
+
+
+def test_what_is_evaluated(val: SceneBatch):
+    assert {"text", "absent", "box", "point"} == set(val.kinds)
+    for row, kind in enumerate(val.kinds):
+        assert val.wanted[row].any() == (kind != "absent")
+        boxes, points = (int((~mask[row]).sum()) for mask in (val.exemplar_mask, val.point_mask))
+        assert (boxes, points) == ((1, 0) if kind == "box" else (0, 1) if kind == "point" else (0, 0))
+        shown, image = int(val.shown[row]), val.image[row]
+        assert (shown >= 0) == (kind in ("box", "point"))
+        if kind == "box":
+            assert torch.equal(val.exemplars[row, 0], val.boxes[image, shown]) and val.wanted[row, shown]
+        elif kind == "point":
+            x, y = (val.points[row, 0] * SIDE).long().tolist()
+            assert val.full_masks[image, shown, y, x]
+    asked = [
+        (int(i), *entry) for i, *entry in zip(val.image, val.kinds, val.phrases, strict=True) if entry[0] == "text"
+    ]
+    assert len(set(asked)) == len(asked)  # no phrase counts twice
+
+
+def test_clicks_lie_on_their_objects(val: SceneBatch):
+    pairs = torch.stack((val.clicks.image, val.clicks.object))
+    assert torch.equal(pairs, torch.stack((val.corners.image, val.corners.object)))
+    assert val.clicks.labels.tolist() == [[1]] * len(val.clicks)
+    assert val.corners.labels.tolist() == [list(BOX_LABELS)] * len(val.corners)
+    image, shown = pairs
+    x, y = val.clicks.points[:, 0].long().T
+    assert val.full_masks[image, shown, y, x].all()
+    torch.testing.assert_close(val.corners.points.flatten(1), val.boxes[image, shown] * SIDE)
+
+
+def test_clicks_to_train_on():
+    data = dataset(prompts=3, clicks=5, click_every=2, seed=1)
+    batch = data.load([0, 1, 2, 3], 0)
+    assert batch.image.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] and batch.full_masks is None
+    assert batch.clicks.image.tolist() == [0] * 4 + [2] * 4 and batch.corners.image.tolist() == [0, 2]
+    for image, shown, (x, y) in zip(batch.clicks.image, batch.clicks.object, batch.clicks.points[:, 0], strict=True):
+        scene = make_scene(number_of_scene(1, int(image)), SIDE, "train")
+        assert scene.masks[shown, int(y), int(x)]
+    assert len(dataset(clicks=0).load([0, 1], 0).clicks) == 0
+    assert dataset(clicks=0).load([0, 1], 0).corners.points.shape == (0, 2, 2)
+
+
+def test_prompts_as_the_model_takes_them():
+    batch = dataset(count=64, prompts=4).load(list(range(12)), 0)
+    prompt = batch.prompt()
+    count, boxes = batch.exemplar_mask.shape
+    assert count == 48 and boxes == 2 and prompt.box_embeddings.shape == (2, 48, 4)
+    row = (~batch.exemplar_mask).sum(1).argmax()  # a positive and a negative box
+    assert batch.kinds[row] == "box_not" and prompt.box_labels[:, row].tolist() == [1, 0]
+    left, top, right, bottom = batch.exemplars[row, 0].tolist()
+    wanted = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    assert prompt.box_embeddings[0, row].tolist() == pytest.approx(wanted)
+    assert prompt.point_mask.shape == (48, 1)
+    cut = dataclasses.replace(batch, exemplars=batch.exemplars[:, :0], points=batch.points[:, :0])
+    assert cut.prompt().box_embeddings.shape[0] == 0
+    targets = batch.targets
+    assert targets.masks.max() == 1 and torch.equal(targets.boxes[5], batch.boxes[1])
+
+
+def test_padded_rows_by_hand():
+    values, labels, mask = pad_rows(
+        [[np.array((1, 2))], [], [np.array((3, 4)), np.array((5, 6))]], [[1], [], [0, 1]], 2
+    )
+    assert values.tolist() == [[[1, 2], [0, 0]], [[0, 0], [0, 0]], [[3, 4], [5, 6]]]
+    assert labels[0, 0] == 1 and labels[2].tolist() == [0, 1]
+    assert mask.tolist() == [[False, True], [True, True], [False, False]]
+    assert pad_rows([[], []], [[], []], 4)[0].shape == (2, 0, 4)
+
+
+def test_coverage_by_hand():
+    """Pixels weigh less the farther they are from a cell's middle: 3/4 for its own, 1/4 for the next."""
+    masks = np.zeros((3, 4, 4), bool)
+    masks[0, :, :2] = True
+    masks[1] = True
+    found = coverage(masks, 2)
+    near, far = round(255 * 1.5 / 1.75), round(255 * 0.25 / 1.75)
+    assert found[0].tolist() == [[near, far], [near, far]]
+    assert (found[1] == 255).all() and not found[2].any() and found.dtype == torch.uint8
+
+
+# Parts of scenes ------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Random numbers that were chosen before; keeps the bounds between which they were asked for."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers, self.bounds = list(answers), []
+
+    def integers(self, *bounds: int) -> int:
+        self.bounds.append(tuple(map(int, bounds)))
+        return self.answers.pop(0)
+
+
+@pytest.fixture
+def scene() -> Scene:
+    """20 px. Of a view of 10 px at 0, 0: a fifth of the star is in it, all of a red square, half of the striped one."""
+    return hand_made(
+        20,
+        [
+            (GREEN_STAR, (8, 0, 18, 1)),
+            (RED_SQUARE, (0, 2, 4, 6)),
+            (STRIPED_RED, (8, 5, 12, 9)),
+            (BLUE_SQUARE, (16, 16, 20, 20)),
+        ],
+        {
+            "red square": (1, 2),
+            "square": (1, 2, 3),
+            "striped square": (2,),
+            "star": (0,),
+            "blue square": (3,),
+            "ring": (),
+        },
+    )
+
+
+def test_views_keep_what_is_seen(scene: Scene):
+    rng = Scripted(1, 0, 0)
+    view = view_of(scene, 10, rng)
+    assert rng.bounds == [(4,), (0, 1), (0, 3)]  # the square at 0, 2 is whole in views from 0 to 0 and from 0 to 2
+    assert (view.image == scene.image[:10, :10]).all()
+    assert view.objects == [RED_SQUARE, STRIPED_RED]
+    assert (view.masks == scene.masks[[1, 2], :10, :10]).all() and view.masks[1].sum() == 8
+    phrases = {phrase.text: phrase.matches for phrase in view.phrases}
+    assert phrases == {"red square": (0, 1), "square": (0, 1), "striped square": (1,), "ring": ()}
+
+
+def test_views_reach_every_border(scene: Scene):
+    rng = Scripted(3, 10, 10)
+    view = view_of(scene, 10, rng)
+    assert rng.bounds == [(4,), (10, 11), (10, 11)]
+    assert view.objects == [BLUE_SQUARE] and (view.image == scene.image[10:, 10:]).all()
+    phrases = {phrase.text: phrase.matches for phrase in view.phrases}
+    assert phrases == {"square": (0,), "blue square": (0,), "ring": ()}
+
+
+def test_specks_are_not_asked_for():
+    """Of a view of 60 px, eleven pixels are three thousandths, ten are less."""
+    scene = hand_made(80, [(RED_SQUARE, (0, 0, 11, 1)), (BLUE_SQUARE, (0, 5, 10, 6))])
+    assert view_of(scene, 60, Scripted(0, 0, 0)).objects == [RED_SQUARE]
+
+
+def test_views_of_made_scenes_show_something():
+    batch = dataset(view=40, count=100).load(list(range(100)), 0)
+    assert batch.images.shape[-2:] == (40, 40) and batch.masks.shape[-1] == 4 * 40 // PATCH
+    assert batch.masks.flatten(2).any(2).any(1).all() and batch.exemplars.max() <= 1
+    assert {"text", "absent", "box"} <= set(batch.kinds)
+
+
+def test_views_are_no_larger_than_scenes():
+    with pytest.raises(ValueError, match="views of 80 px cannot be cut from scenes of 64 px"):
+        dataset(view=80)
