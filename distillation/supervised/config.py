@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from yacs.config import CfgNode
 
+from distillation.supervised.scene_prompts import TRAINING_MIX
 from distillation.supervised.set_loss import SetWeights
 from sam3.engine import config as engine_config
 from sam3.engine import recipe, stage_config
@@ -71,6 +72,7 @@ def defaults() -> CfgNode:
     c.DATA.IMG_SIZE = 224  # side of the scenes, px; the preset's, or a part of it that windows divide, to begin with
     c.DATA.PHOTOS = ""  # folder of photos that lie behind the objects of some scenes; empty: the bundled ones
     c.DATA.PROMPTS = 2  # phrases or exemplars asked about each scene
+    c.DATA.MIX = CfgNode(dict(TRAINING_MIX))  # shares of the prompts: text, absent, box, point, ...
     c.DATA.CLICKS = 3  # clicks and boxes for the click head, of each scene that has them
     c.DATA.CLICK_EVERY = 2  # one scene in so many has clicks
     c.DATA.NUM_VAL_SCENES = 200
@@ -120,6 +122,8 @@ def load(args: argparse.Namespace) -> CfgNode:
     stage_config.check_minima(config, MINIMA)
     recipe.check_steps(config)
     set_weights(config)
+    if min(config.DATA.MIX.values()) < 0 or not any(config.DATA.MIX.values()):
+        raise ValueError(f"DATA.MIX wants shares from 0, at least one above it, got {dict(config.DATA.MIX)}")
     if not 0 < config.LOSS.MASK_SHARE <= 1:
         raise ValueError(f"LOSS.MASK_SHARE is a share above 0 and up to 1, got {config.LOSS.MASK_SHARE}")
     return config

@@ -5,7 +5,7 @@ The same seed, epoch and index give the same scene in any process, and in the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distillation.supervised.batch import ClickRows, SceneBatch, coverage, pad_rows
 from distillation.supervised.scene_prompts import (
+    TRAINING_MIX,
     ScenePrompt,
     boxes_of,
     choose_prompt,
@@ -53,7 +54,8 @@ class SceneDataset:
     num_scenes: length of an epoch. scene_size: side of the scenes; where the model takes less, it sees a part of each
     (`view_of`). preprocess, patch_size: the model's. split: "train" or "val". prompts, clicks: image-prompt pairs, and
     rows for the click head, of each training scene; click_every: one scene of a batch in so many has clicks, since the
-    second neck costs as much as the first. photos: see `make_scene`.
+    second neck costs as much as the first. photos: see `make_scene`. mix: see
+    `choose_prompt`.
     """
 
     store = None
@@ -70,13 +72,14 @@ class SceneDataset:
         clicks: int = 4,
         click_every: int = 2,
         photos: Sequence[np.ndarray] | None = None,
+        mix: Mapping[str, float] = TRAINING_MIX,
     ) -> None:
         if preprocess.img_size > scene_size:
             raise ValueError(f"views of {preprocess.img_size} px cannot be cut from scenes of {scene_size} px")
         self.num_scenes, self.scene_size, self.preprocess, self.split = num_scenes, scene_size, preprocess, split
         self.mask_side = MASK_SCALE * preprocess.img_size // patch_size
         self.seed, self.prompts, self.clicks, self.click_every = seed, prompts, clicks, click_every
-        self.photos = photos
+        self.photos, self.mix = photos, mix
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -98,7 +101,7 @@ class SceneDataset:
         number = epoch * self.num_scenes + index
         rng = np.random.default_rng([self.seed, number, 1])
         scene = self._scene(number, rng)
-        prompts = [choose_prompt(scene, rng) for _ in range(self.prompts)]
+        prompts = [choose_prompt(scene, rng, self.mix) for _ in range(self.prompts)]
         clicks, corners = [], []
         boxes = boxes_of(scene.masks)
         for turn in range(self.clicks if with_clicks else 0):

@@ -33,7 +33,7 @@ GROUND_SHARES = (48, 8)  # how train and val share the photos, as in the sample 
 RESUME_KEYS = (
     *("PHASE", "SEED", "MODEL.PRESET", "TRAIN.OPTIMIZER.NAME"),
     *("DATA.IMG_SIZE", "DATA.PHOTOS", "DATA.PROMPTS", "DATA.CLICKS", "DATA.CLICK_EVERY"),
-    *(key for key in leaf_keys(supervised_config.defaults()) if key.startswith("LOSS.")),
+    *(key for key in leaf_keys(supervised_config.defaults()) if key.startswith(("LOSS.", "DATA.MIX."))),
 )
 
 
@@ -101,6 +101,7 @@ def scenes(config: CfgNode, model: SupervisedSam3, split: str, count: int) -> Sc
         config.DATA.CLICKS,
         config.DATA.CLICK_EVERY,
         grounds(config.DATA.PHOTOS, split, sizes.img_size),
+        dict(config.DATA.MIX),
     )
 
 

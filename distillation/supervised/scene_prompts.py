@@ -5,7 +5,7 @@ Boxes are xyxy in pixels, as objects' boxes; N objects of a scene.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt
 
 from sam3.model.sam3_image_processor import VISUAL_PROMPT
 
-# How often a training prompt is of each kind; kinds that a scene has no room for give way to `box`.
+# How often a training prompt is of each kind, if nothing else is said; kinds without room give way to `box`.
 TRAINING_MIX = {
     "text": 0.36,
     "absent": 0.18,
@@ -38,9 +38,10 @@ class ScenePrompt:
     points: list[tuple[int, int]] = field(default_factory=list)
 
 
-def choose_prompt(scene: Any, rng: np.random.Generator) -> ScenePrompt:
-    """A prompt of a random kind for a `Scene` with at least one object."""
-    kind = str(rng.choice(list(TRAINING_MIX), p=np.array(list(TRAINING_MIX.values())) / sum(TRAINING_MIX.values())))
+def choose_prompt(scene: Any, rng: np.random.Generator, mix: Mapping[str, float] = TRAINING_MIX) -> ScenePrompt:
+    """A prompt of a random kind for a `Scene` with at least one object; mix: kind -> share, of any sum."""
+    shares = np.array(list(mix.values()))
+    kind = str(rng.choice(list(mix), p=shares / shares.sum()))
     return make_prompt(kind, scene, rng) or make_prompt("box", scene, rng)
 
 

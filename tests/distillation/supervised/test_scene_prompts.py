@@ -94,6 +94,8 @@ def test_the_mix():
     kinds = [choose_prompt(squares(), rng).kind for _ in range(400)]
     assert set(kinds) == set(TRAINING_MIX)
     assert kinds.count("text") == pytest.approx(400 * TRAINING_MIX["text"], abs=40)
+    halves = [choose_prompt(squares(), rng, {"text": 3, "point": 3, "box": 0}).kind for _ in range(400)]
+    assert set(halves) == {"text", "point"} and halves.count("text") == pytest.approx(200, abs=40)
     lone = hand_made(12, [(RED_SQUARE, (0, 0, 3, 3))])
     assert {choose_prompt(lone, rng).kind for _ in range(50)} == {"box", "point"}
 

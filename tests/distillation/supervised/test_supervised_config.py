@@ -61,6 +61,8 @@ def test_weights_come_from_the_config(tmp_path: Path):
         ("LOSS.CLICK_WEIGHT", -1.0, "LOSS.CLICK_WEIGHT"),
         ("LOSS.MASK_SHARE", 0.0, "LOSS.MASK_SHARE is a share above 0 and up to 1, got 0.0"),
         ("LOSS.MASK_SHARE", 1.5, "LOSS.MASK_SHARE is a share above 0 and up to 1, got 1.5"),
+        ("DATA.MIX.text", -0.1, "DATA.MIX wants shares from 0"),
+        ("DATA.MIX.sound", 1.0, "DATA.MIX.sound"),
         ("LOSS.mask_dice", -2.0, "must not be negative: mask_dice"),
     ],
 )
