@@ -1,13 +1,14 @@
 """Trains the tiny SAM3 from scratch on made-up scenes, for people without SAM3's weights and for tests.
 
     python scripts/train_tiny_sam3.py                         # all phases, on two cores or on one GPU
-    torchrun --nproc_per_node 2 scripts/train_tiny_sam3.py --phase views
+    torchrun --nproc_per_node 2 scripts/train_tiny_sam3.py --phase words
     python scripts/train_tiny_sam3.py --phase image --eval --resume sam3_checkpoints/sam3_tiny.safetensors
     python scripts/train_tiny_sam3.py --export output/tiny_sam3/tracker/ckpt_latest.pth --to sam3_tiny.safetensors
 
-Three phases, each from where the last one ended: `views`, the detector and the click head on parts of scenes, which is
-cheap; `image`, the same on whole scenes; `tracker`, the memory on clips. Then the weights are written in the layout of
-sam3.pt, in half precision, and measured on held-out scenes and clips; a page beside them says what came out.
+Four phases, each from where the last one ended: `words`, the trunk and the text encoder on names of objects;
+`closeup`, the detector and the click head on scenes of half the size, which is cheap; `image`, the same on whole
+scenes; `tracker`, the memory on clips. Then the weights are written in the layout of sam3.pt, in half precision, and
+measured on held-out scenes and clips; a page beside them says what came out.
 
 Each phase has a config, configs/tiny_sam3_<phase>.yaml. Scenes, prompts and order follow from the seed. What was
 stopped goes on when the same command is given again, and ends where it would have ended.
@@ -36,7 +37,7 @@ from sam3.engine.training_run import run_stage
 from stage2.supervised import config as tracker_config
 from stage2.supervised import run as tracker_run
 
-PHASES = ("views", "image", "tracker")
+PHASES = ("words", "closeup", "image", "tracker")
 MEASURED = ("image", "tracker")  # the phases whose validation says what the file is worth
 FOLDER = Path("output/tiny_sam3")
 ROOT = Path(__file__).resolve().parents[1]

@@ -38,7 +38,8 @@ class ClickRows:
 @dataclass
 class SceneBatch:
     """images: uint8 `(I, 3, S, S)`; masks: uint8 `(I, N, M, M)`, share of each cell that an object covers, in 255ths;
-    boxes: `(I, N, 4)` xyxy in 0..1. full_masks: bool `(I, N, S, S)`, for evaluation, else None.
+    boxes: `(I, N, 4)` xyxy in 0..1. words: long `(I, N, 3)`, place of an object's shape, colour and texture in `WORDS`,
+    -1 for a plain texture and in the padding. full_masks: bool `(I, N, S, S)`, for evaluation, else None.
     image: long `(B,)`; kinds, phrases: B strings; wanted: bool `(B, N)`. exemplars: `(B, Nb, 4)` xyxy in 0..1 with
     exemplar_labels and exemplar_mask `(B, Nb)`, True = padding; points `(B, Np, 2)` in 0..1 with the like.
     shown: long `(B,)`, the object that a pair's first exemplar lies on, -1 without one.
@@ -62,6 +63,7 @@ class SceneBatch:
     shown: Tensor
     clicks: ClickRows
     corners: ClickRows
+    words: Tensor | None = None
     full_masks: Tensor | None = None
     embeddings: EmbeddingBatch | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)

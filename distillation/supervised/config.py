@@ -25,7 +25,7 @@ FLAGS: dict[str, engine_config.FlagAction] = {
     "--eval": {"EVAL_MODE": True},
     "--throughput": {"THROUGHPUT_MODE": True},
 }
-CHOICES = {**recipe.STEP_CHOICES, "PHASE": ("views", "image"), "MODEL.PRESET": tuple(PRESETS)}
+CHOICES = {**recipe.STEP_CHOICES, "PHASE": ("words", "closeup", "image"), "MODEL.PRESET": tuple(PRESETS)}
 _MADE = "the pictures are made as the model takes them"
 RETIRED = {
     **recipe.STEP_RETIRED,
@@ -48,9 +48,11 @@ MINIMA = {
     "DATA.CLICKS": 0,
     "DATA.CLICK_EVERY": 1,
     "DATA.NUM_VAL_SCENES": 1,
+    "LOSS.ABSENT_SCORE": 0,
     "LOSS.COPIES": 1,
     "LOSS.CLICK_WEIGHT": 0,
     "LOSS.MASK_SHARE": 0,
+    "LOSS.WORD_WEIGHT": 0,
 }
 MINIMA = {key: least for key, least in MINIMA.items() if not key.startswith("DISTILL.")}
 
@@ -61,7 +63,7 @@ def defaults() -> CfgNode:
     recipe.step_keys(c)
     for key in RETIRED:
         engine_config.remove(c, key)
-    c.PHASE = "image"  # views or image, detector and click head on parts of scenes or on whole ones
+    c.PHASE = "image"  # words: trunk and words alone | closeup, image: detector and click head
     c.OUTPUT = "output/tiny_sam3/image"
     c.SEED = 1
 
@@ -69,7 +71,7 @@ def defaults() -> CfgNode:
     c.MODEL.PRESET = "tiny"  # sizes of the model, a row of sam3.model.config.PRESETS
 
     c.DATA.BATCH_SIZE = 8  # scenes per process and step
-    c.DATA.IMG_SIZE = 224  # side of the scenes, px; the preset's, or a part of it that windows divide, to begin with
+    c.DATA.IMG_SIZE = 224  # side of the scenes, px; below the preset's, objects are larger for that
     c.DATA.PHOTOS = ""  # folder of photos that lie behind the objects of some scenes; empty: the bundled ones
     c.DATA.PROMPTS = 2  # phrases or exemplars asked about each scene
     c.DATA.MIX = CfgNode(dict(TRAINING_MIX))  # shares of the prompts: text, absent, box, point, ...
@@ -80,7 +82,10 @@ def defaults() -> CfgNode:
 
     c.LOSS = CfgNode(asdict(SetWeights()))  # weights of the terms, see SetWeights
     c.LOSS.COPIES = 4  # matches of each object among the one-to-many queries
+    c.LOSS.FOCAL_ALPHA = 0.5  # weight of hits in the scores' focal loss; above one half, more is found and more wrong
+    c.LOSS.ABSENT_SCORE = 0.0  # how much scores learn from absent things; 0 leaves these to the presence token
     c.LOSS.CLICK_WEIGHT = 1.0  # of all terms of the click head; 0 trains none
+    c.LOSS.WORD_WEIGHT = 0.0  # of the loss that teaches single words; 0: phrases alone teach them
     c.LOSS.MASK_SHARE = 0.5  # share of the prompts that learn masks in a step
 
     c.TRAIN.MAX_STEPS = 5000
@@ -124,6 +129,8 @@ def load(args: argparse.Namespace) -> CfgNode:
     set_weights(config)
     if min(config.DATA.MIX.values()) < 0 or not any(config.DATA.MIX.values()):
         raise ValueError(f"DATA.MIX wants shares from 0, at least one above it, got {dict(config.DATA.MIX)}")
+    if not 0 < config.LOSS.FOCAL_ALPHA < 1:
+        raise ValueError(f"LOSS.FOCAL_ALPHA lies between 0 and 1, got {config.LOSS.FOCAL_ALPHA}")
     if not 0 < config.LOSS.MASK_SHARE <= 1:
         raise ValueError(f"LOSS.MASK_SHARE is a share above 0 and up to 1, got {config.LOSS.MASK_SHARE}")
     return config

@@ -23,8 +23,8 @@ from distillation.supervised.scene_prompts import (
     make_prompt,
     noisy_box,
 )
-from sam3.engine.scene_names import Phrase
-from sam3.engine.scenes import MIN_AREA, MIN_SHOWN, Scene, make_scene, number_of_scene
+from sam3.engine.scene_names import PARTS, WORDS, Kind
+from sam3.engine.scenes import Scene, make_scene, number_of_scene
 from sam3.model.video_prompts import BOX_LABELS
 from sam3.transforms import Preprocess
 
@@ -41,6 +41,7 @@ class _Asked:
     image: np.ndarray
     masks: np.ndarray
     boxes: np.ndarray
+    words: np.ndarray
     prompts: list[ScenePrompt]
     exemplars: list[list[np.ndarray]]
     points: list[list[np.ndarray]]
@@ -51,11 +52,11 @@ class _Asked:
 class SceneDataset:
     """What `sam3.engine.loader` asks of a dataset; `store` is None, there are no embeddings.
 
-    num_scenes: length of an epoch. scene_size: side of the scenes; where the model takes less, it sees a part of each
-    (`view_of`). preprocess, patch_size: the model's. split: "train" or "val". prompts, clicks: image-prompt pairs, and
-    rows for the click head, of each training scene; click_every: one scene of a batch in so many has clicks, since the
-    second neck costs as much as the first. photos: see `make_scene`. mix: see
-    `choose_prompt`.
+    num_scenes: length of an epoch. usual_size: side of usual scenes, px; where the model takes less, objects are larger
+    for that, so that tokens see what they see in usual scenes, for less. preprocess, patch_size: the model's. split:
+    "train" or "val". prompts, clicks: image-prompt pairs, and rows for the click head, of each training scene;
+    click_every: one scene of a batch in so many has clicks, since the second neck costs as much as the first. photos:
+    see `make_scene`. mix: see `choose_prompt`.
     """
 
     store = None
@@ -63,7 +64,7 @@ class SceneDataset:
     def __init__(
         self,
         num_scenes: int,
-        scene_size: int,
+        usual_size: int,
         preprocess: Preprocess,
         patch_size: int,
         split: str,
@@ -74,9 +75,8 @@ class SceneDataset:
         photos: Sequence[np.ndarray] | None = None,
         mix: Mapping[str, float] = TRAINING_MIX,
     ) -> None:
-        if preprocess.img_size > scene_size:
-            raise ValueError(f"views of {preprocess.img_size} px cannot be cut from scenes of {scene_size} px")
-        self.num_scenes, self.scene_size, self.preprocess, self.split = num_scenes, scene_size, preprocess, split
+        self.num_scenes, self.preprocess, self.split = num_scenes, preprocess, split
+        self.zoom = usual_size / preprocess.img_size
         self.mask_side = MASK_SCALE * preprocess.img_size // patch_size
         self.seed, self.prompts, self.clicks, self.click_every = seed, prompts, clicks, click_every
         self.photos, self.mix = photos, mix
@@ -92,15 +92,13 @@ class SceneDataset:
     def read_embeddings(self, batch: SceneBatch, memory: Any, pin: bool) -> SceneBatch:
         return batch
 
-    def _scene(self, number: int, rng: np.random.Generator) -> Scene:
-        scene = make_scene(number_of_scene(self.seed, number), self.scene_size, self.split, photos=self.photos)
-        side = self.preprocess.img_size
-        return scene if side == self.scene_size else view_of(scene, side, rng)
+    def _scene(self, number: int) -> Scene:
+        seed, size = number_of_scene(self.seed, number), self.preprocess.img_size
+        return make_scene(seed, size, self.split, photos=self.photos, zoom=self.zoom)
 
     def _trained(self, index: int, epoch: int, with_clicks: bool) -> _Asked:
         number = epoch * self.num_scenes + index
-        rng = np.random.default_rng([self.seed, number, 1])
-        scene = self._scene(number, rng)
+        scene, rng = self._scene(number), np.random.default_rng([self.seed, number, 1])
         prompts = [choose_prompt(scene, rng, self.mix) for _ in range(self.prompts)]
         clicks, corners = [], []
         boxes = boxes_of(scene.masks)
@@ -114,8 +112,7 @@ class SceneDataset:
         return self._ask(scene, number, prompts, clicks, corners, rng)
 
     def _evaluated(self, index: int) -> _Asked:
-        rng = np.random.default_rng([self.seed, index, 2])
-        scene = self._scene(index, rng)
+        scene, rng = self._scene(index), np.random.default_rng([self.seed, index, 2])
         prompts, seen = [], set()
         for kind in EVALUATED:
             prompt = make_prompt(kind, scene, rng)
@@ -135,18 +132,20 @@ class SceneDataset:
         size, boxes = self.preprocess.img_size, boxes_of(scene.masks)
         shown = [[boxes[i] if rng is None else noisy_box(boxes[i], size, rng) for i, _ in p.boxes] for p in prompts]
         points = [[inner_point(scene.masks[i], rng) + 0.5 for i, _ in p.points] for p in prompts]
-        return _Asked(str(number), scene.image, scene.masks, boxes, prompts, shown, points, clicks, corners)
+        words = words_of(scene.objects)
+        return _Asked(str(number), scene.image, scene.masks, boxes, words, prompts, shown, points, clicks, corners)
 
     def _join(self, scenes: list[_Asked]) -> SceneBatch:
         size, most = self.preprocess.img_size, max(len(scene.masks) for scene in scenes)
         count = len(scenes)
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
         masks = torch.zeros(count, most, self.mask_side, self.mask_side, dtype=torch.uint8)
-        boxes = torch.zeros(count, most, 4)
+        boxes, words = torch.zeros(count, most, 4), torch.full((count, most, len(PARTS)), -1)
         full = torch.zeros(count, most, size, size, dtype=torch.bool) if self.split == "val" else None
         for i, scene in enumerate(scenes):
             masks[i, : len(scene.masks)] = coverage(scene.masks, self.mask_side)
             boxes[i, : len(scene.masks)] = torch.from_numpy(scene.boxes) / size
+            words[i, : len(scene.masks)] = torch.from_numpy(scene.words)
             if full is not None:
                 full[i, : len(scene.masks)] = torch.from_numpy(scene.masks)
         prompts = [prompt for scene in scenes for prompt in scene.prompts]
@@ -168,39 +167,17 @@ class SceneDataset:
             torch.tensor(shown),
             _click_rows([scene.clicks for scene in scenes], (1,)),
             _click_rows([scene.corners for scene in scenes], BOX_LABELS),
+            words=words,
             full_masks=full,
         )
 
 
-def view_of(scene: Scene, side: int, rng: np.random.Generator) -> Scene:
-    """A square part of a scene, `side` pixels wide, around one of its objects.
-
-    Tokens see what they see in whole scenes, at a fraction of the cost: what a model can learn first. Objects of which
-    too little is left, by the measures of whole scenes, stay in the picture and are no longer asked for.
-    """
-    boxes, whole = boxes_of(scene.masks), scene.masks.sum((1, 2))
-    middle = int(rng.integers(len(boxes)))
-    left, top, right, bottom = boxes[middle]
-    limit = scene.image.shape[0] - side
-    x, y = (
-        int(rng.integers(low, max(low, high) + 1))
-        for low, high in (
-            (np.clip(end - side, 0, limit), np.clip(start, 0, limit)) for start, end in ((left, right), (top, bottom))
-        )
+def words_of(objects: Sequence[Kind]) -> np.ndarray:
+    """Place of each object's shape, colour and texture in WORDS, -1 for what has no word: long (N, 3)."""
+    places = [{word: place for place, word in enumerate(WORDS[part])} for part in PARTS]
+    return np.array(
+        [[own.get(getattr(kind, part), -1) for part, own in zip(PARTS, places, strict=True)] for kind in objects]
     )
-    masks = scene.masks[:, y : y + side, x : x + side]
-    seen = masks.sum((1, 2))
-    clear = (seen >= MIN_AREA * side * side) & (seen >= MIN_SHOWN * whole)
-    clear[middle] = True  # it may be larger than the view
-    kept = np.flatnonzero(clear)
-    place = {int(old): new for new, old in enumerate(kept)}
-    phrases = []
-    for phrase in scene.phrases:
-        matches = tuple(place[old] for old in phrase.matches if old in place)
-        if bool(matches) == bool(phrase.matches):
-            phrases.append(Phrase(phrase.text, matches))
-    image = scene.image[y : y + side, x : x + side]
-    return Scene(image, masks[kept], [scene.objects[old] for old in kept], phrases)
 
 
 def _click_rows(rows: list[list[tuple[int, np.ndarray]]], labels: Sequence[int]) -> ClickRows:

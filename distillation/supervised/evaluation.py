@@ -19,6 +19,7 @@ from distillation.supervised.model import SupervisedSam3
 from sam3.engine import distributed
 from sam3.engine.batch import to_device
 from sam3.engine.distributed import World
+from sam3.engine.scene_names import PARTS
 
 THRESHOLD = 0.5  # of a score, as in `Sam3Processor`
 
@@ -120,3 +121,22 @@ def box_ious(boxes: Tensor, box: Tensor) -> Tensor:
     both = sides.prod(1)
     areas = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) + (box[2:] - box[:2]).prod()
     return both / (areas - both).clamp(min=1e-9)
+
+
+class WordValidator:
+    """As `SceneValidator`, for a model that learns single words: val/shape_named, val/colour_named, val/texture_named,
+    shares of the objects, and val/target, the least of them."""
+
+    def __init__(self, model: SupervisedSam3, loader: Any, world: World) -> None:
+        self.model, self.loader, self.world = model, loader, world
+
+    @torch.no_grad()
+    def __call__(self, epoch: int, step: int) -> dict[str, float]:
+        named: dict[str, list[float]] = defaultdict(list)
+        for batch in self.loader:
+            batch = to_device(batch, self.world.device)
+            for part, share in self.model.word_term(self.model.name_map(self.model.embed(batch)), batch)[1].items():
+                named[part].append(float(share))
+        joined = [own for own in distributed.gather_objects(dict(named)) if own]
+        means = {f"val/{part}_named": float(np.mean([x for own in joined for x in own[part]])) for part in PARTS}
+        return {**means, "val/target": min(means.values())}

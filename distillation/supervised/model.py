@@ -16,10 +16,12 @@ from torchvision.ops import StochasticDepth
 from distillation.supervised.batch import ClickRows, SceneBatch
 from distillation.supervised.set_loss import Assignment, SetLoss, Targets, mask_queries, mask_terms
 from sam3.engine.losses import mask_bce, mask_dice
+from sam3.engine.scene_names import PARTS, WORDS
 from sam3.model.data_misc import FindStage
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.tracker import FrameFeatures, Sam3Tracker
 
+TEMPERATURE = 0.1
 # Of the click head's terms; BCE and Dice weigh as the detector's.
 CLICK_WEIGHTS = {"bce": 5.0, "dice": 5.0, "iou": 1.0, "object": 0.1}
 
@@ -30,7 +32,9 @@ class SupervisedSam3(nn.Module):
     The tracker's memory takes no part here and gets no gradients. Dropout and stochastic depth are switched off: no
     scene is seen twice, and attention without dropout is several times as fast on a processor.
 
-    set_loss: of the detector. click_weight: of all losses of the click head.
+    set_loss: of the detector. click_weight: of all losses of the click head. mask_share: of the prompts that learn
+    masks in a step. word_weight: of the loss that teaches single words; only_words: of
+    all losses that one alone, behind the trunk and the neck.
     """
 
     def __init__(
@@ -40,10 +44,13 @@ class SupervisedSam3(nn.Module):
         set_loss: SetLoss,
         click_weight: float = 1.0,
         mask_share: float = 0.5,
+        word_weight: float = 0.0,
+        only_words: bool = False,
     ) -> None:
         super().__init__()
         self.detector, self.tracker = detector, tracker
         self.set_loss, self.click_weight, self.mask_share = set_loss, click_weight, mask_share
+        self.word_weight, self.only_words = word_weight, only_words
         switch_off_noise(self)
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
@@ -59,14 +66,21 @@ class SupervisedSam3(nn.Module):
         )
 
     def forward(self, batch: SceneBatch) -> dict[str, Tensor]:
-        """`total`, the weighted terms (those of clicks as `click_*`), and for the log `iou_of_clicks`."""
+        """`total`, the weighted terms (those of clicks as `click_*`), and for the log `iou_of_clicks` and
+        `shape_named`; with `only_words`, what `word_term` gives."""
         grid = self.embed(batch)
+        if self.only_words:
+            words, named = self.word_term(self.name_map(grid), batch)
+            return {"total": words, **{f"{part}_named": share for part, share in named.items()}}
         targets = batch.targets
         out = self.predict_boxes(grid, batch)
         terms, matched = self.set_loss(out, targets)
         terms |= self._mask_terms(out, targets, matched)
         weighted = self.set_loss.weigh(terms)
         shown: dict[str, Tensor] = {}
+        if self.word_weight:
+            words, named = self.word_term(out["prev_encoder_out"]["backbone_out"]["backbone_fpn"][-1], batch)
+            weighted["words"], shown["shape_named"] = self.word_weight * words, named["shape"]
         if self.click_weight and (len(batch.clicks) or len(batch.corners)):
             clicks = self._click_terms(grid, batch)
             shown["iou_of_clicks"] = clicks.pop("shown_iou")
@@ -108,6 +122,33 @@ class SupervisedSam3(nn.Module):
             encoder_out["prompt_mask"][rows],
         )
         return mask_terms(masks, place, matched, targets)
+
+    def name_map(self, grid: Tensor) -> Tensor:
+        """The neck's map in which words are told, (I, C, G, G), from the trunk's."""
+        neck = self.detector.backbone.vision_backbone
+        return neck.convs[len(neck.convs) - neck.scalp - 1](grid)
+
+    def word_term(self, seen: Tensor, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """How well objects are told apart by single words, and the share of each of PARTS that is named rightly.
+
+        What the neck's map `seen` (I, C, G, G) shows of an object, a mean over its mask, is compared with the text
+        encoder's mean for each word: cross-entropy of cosines over TEMPERATURE, over all shapes, over all colours and
+        over all textures (as in Radford et al. 2021, CLIP). A phrase asks for a whole object at once, and teaches its
+        words far more slowly.
+        """
+        shares = F.adaptive_avg_pool2d(batch.masks.float(), seen.shape[-1]).flatten(2)  # (I, N, G G)
+        there = batch.words[..., 0] >= 0
+        objects = F.normalize((shares @ seen.flatten(2).mT)[there], dim=-1)  # (n, C); a mean, but for its length
+        text = self.detector.backbone.forward_text([word for part in PARTS for word in WORDS[part]], device=seen.device)
+        kept = (~text["language_mask"]).T[..., None].float()  # (L, words, 1)
+        words = F.normalize((text["language_features"] * kept).sum(0), dim=-1)  # (words, C)
+        logits = (objects @ words.T / TEMPERATURE).split([len(WORDS[part]) for part in PARTS], dim=1)
+        total, named = seen.new_zeros(()), {}
+        for part, own, wanted in zip(PARTS, logits, batch.words[there].unbind(1), strict=True):
+            count = (wanted >= 0).sum().clamp(min=1)
+            total = total + F.cross_entropy(own, wanted, ignore_index=-1, reduction="sum") / count
+            named[part] = (own.detach().argmax(1) == wanted).sum() / count
+        return total, named
 
     def embed(self, batch: SceneBatch) -> Tensor:
         """(I, C, G, G), what the trunk makes of the images."""

@@ -1,4 +1,4 @@
-"""The first two phases of SAM3's training from scratch, as runs of the shared engine: views of scenes, then scenes."""
+"""The first phases of SAM3's training from scratch, as runs of the shared engine: words, close-ups, whole scenes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from distillation.supervised import config as supervised_config
 from distillation.supervised.dataset import SceneDataset
-from distillation.supervised.evaluation import SceneValidator
+from distillation.supervised.evaluation import SceneValidator, WordValidator
 from distillation.supervised.model import SupervisedSam3
 from distillation.supervised.set_loss import SetLoss
 from sam3.engine.config import leaf_keys
@@ -46,10 +46,11 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
     train_dataset = scenes(config, model, "train", SCENES_PER_EPOCH)
     sampler = train_sampler(config, len(train_dataset), world)
 
-    def make_validator(metrics: MetricLog) -> SceneValidator:
+    def make_validator(metrics: MetricLog) -> SceneValidator | WordValidator:
         dataset = scenes(config, model, "val", config.DATA.NUM_VAL_SCENES)
         batches = once_sampler(len(dataset), config.DATA.BATCH_SIZE, world)
-        return SceneValidator(model, loader_from_config(config, dataset, batches, world.device), world)
+        validator = WordValidator if model.only_words else SceneValidator
+        return validator(model, loader_from_config(config, dataset, batches, world.device), world)
 
     pretrained = config.MODEL.PRETRAINED
     return TrainingRun(
@@ -83,12 +84,13 @@ def build_model(config: CfgNode) -> SupervisedSam3:
     detector = assemble_image_model(sizes, with_sam2_neck=True)
     tracker = assemble_tracker(replace(TrackerConfig.preset(config.MODEL.PRESET), img_size=config.DATA.IMG_SIZE))
     loss = config.LOSS
-    set_loss = SetLoss(supervised_config.set_weights(config), loss.COPIES)
-    return SupervisedSam3(detector, tracker, set_loss, loss.CLICK_WEIGHT, loss.MASK_SHARE)
+    set_loss = SetLoss(supervised_config.set_weights(config), loss.COPIES, loss.FOCAL_ALPHA, loss.ABSENT_SCORE)
+    shares = (loss.CLICK_WEIGHT, loss.MASK_SHARE, loss.WORD_WEIGHT)
+    return SupervisedSam3(detector, tracker, set_loss, *shares, only_words=config.PHASE == "words")
 
 
 def scenes(config: CfgNode, model: SupervisedSam3, split: str, count: int) -> SceneDataset:
-    """`count` scenes of a split, at the size of the preset."""
+    """`count` scenes of a split, with objects as large as in scenes of the preset's size."""
     sizes = Sam3Config.preset(config.MODEL.PRESET)
     return SceneDataset(
         count,

@@ -21,7 +21,7 @@ from distillation.hungarian import IMPOSSIBLE
 from distillation.losses import paired_giou
 from sam3.engine.losses import mask_bce, mask_dice
 
-FOCAL_ALPHA, FOCAL_GAMMA = 0.5, 2.0  # even weights: scores above one half are to mean "rather yes"
+FOCAL_GAMMA = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,25 @@ class SetLoss:
     Of each decoder layer, of the one-to-one queries (each object matched once) and of the one-to-many ones (each
     `copies` times, Jia et al. 2023, H-DETR):
 
-    score     focal loss of all queries, over the number of objects; only where the thing is in the picture: whether it
-              is at all is the presence token's matter, as a score is the product of the two
+    score     focal loss of all queries, over the number of objects; of absent things too, `absent_score` as much
     box_l1    mean over matched pairs of the sum over cx, cy, w, h of |box - object|
     box_giou  mean over matched pairs of 1 - GIoU
     presence  mean over pairs of BCE of the presence logit (one-to-one only)
+
+    focal_alpha: weight of hits in the focal loss, misses have the rest; one half is even. absent_score: 0 leaves it to
+    the presence token alone whether a thing is in the picture, as SAM3 does: a score is the product of the two. More
+    makes the queries learn from absent things what a phrase does not mean.
     """
 
-    def __init__(self, weights: SetWeights, copies: int = 4) -> None:
+    def __init__(
+        self, weights: SetWeights, copies: int = 4, focal_alpha: float = 0.5, absent_score: float = 0.0
+    ) -> None:
         if copies < 1:
             raise ValueError(f"one-to-many queries need at least one copy of each object, got {copies}")
+        if not 0 < focal_alpha < 1:
+            raise ValueError(f"the focal loss weighs hits with an alpha between 0 and 1, got {focal_alpha}")
         self.weights, self.copies = weights, copies
+        self.focal_alpha, self.absent_score = focal_alpha, absent_score
 
     def __call__(self, out: Mapping[str, Any], targets: Targets) -> tuple[dict[str, Tensor], Assignment]:
         """Outputs of `Sam3Image.predict_boxes` -> the terms, unweighted scalars, and the last layer's assignment.
@@ -144,9 +152,10 @@ class SetLoss:
         hits = torch.zeros_like(logits)
         hits[matched.rows, matched.queries] = 1
         count = max(1, len(matched))
-        focal = sigmoid_focal_loss(logits, hits, FOCAL_ALPHA, FOCAL_GAMMA, reduction="none")
+        focal = sigmoid_focal_loss(logits, hits, self.focal_alpha, FOCAL_GAMMA, reduction="none")
+        asked = torch.where(wanted.any(1, keepdim=True), 1.0, self.absent_score)
         terms = {
-            "score": (focal * wanted.any(1, keepdim=True)).sum() / count,
+            "score": (focal * asked).sum() / count,
             "box_l1": (_centred(found) - _centred(true)).abs().sum() / count,
             "box_giou": (1 - paired_giou(found, true)).sum() / count,
         }
@@ -155,8 +164,8 @@ class SetLoss:
     def costs(self, logits: Tensor, boxes: Tensor, wanted: Tensor) -> Tensor:
         """logits `(R, Q)`, boxes `(R, Q, 4)` and wanted `(R, N, 4)` xyxy -> what each match would cost: `(R, Q, N)`."""
         ones = torch.ones_like(logits)
-        hit = sigmoid_focal_loss(logits, ones, FOCAL_ALPHA, FOCAL_GAMMA, reduction="none")
-        miss = sigmoid_focal_loss(logits, 1 - ones, FOCAL_ALPHA, FOCAL_GAMMA, reduction="none")
+        hit = sigmoid_focal_loss(logits, ones, self.focal_alpha, FOCAL_GAMMA, reduction="none")
+        miss = sigmoid_focal_loss(logits, 1 - ones, self.focal_alpha, FOCAL_GAMMA, reduction="none")
         ours, theirs = (
             side.expand(-1, boxes.shape[1], wanted.shape[1], -1) for side in (boxes[:, :, None], wanted[:, None])
         )

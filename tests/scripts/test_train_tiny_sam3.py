@@ -17,7 +17,8 @@ from scripts.train_tiny_sam3 import MEASURED, PHASES, ROOT, command, full_parser
 
 # Of all phases, as little as can be trained and measured.
 SHORT = {
-    "views": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 2, "EFFECTIVE_BATCH": 2}},
+    "words": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 2, "EFFECTIVE_BATCH": 2}},
+    "closeup": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 1, "EFFECTIVE_BATCH": 2}},
     "image": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 1, "EFFECTIVE_BATCH": 2}},
     "tracker": {
         "DATA": {"NUM_VAL_CLIPS": 1, "NUM_VAL_FRAMES": 2, "BATCH_SIZE": 1, "NUM_FRAMES": [2]},
@@ -61,10 +62,10 @@ def test_a_cpu_runs_two_processes():
     args = full_parser().parse_args(["--device", "cpu"])
     assert processes(args) == 2
     assert processes(full_parser().parse_args(["--processes", "1"])) == 1
-    assert command(["--phase", "views"], 1)[:2] == [sys.executable, str(ROOT / "scripts" / "train_tiny_sam3.py")]
-    two = command(["--phase", "views"], 2)
+    assert command(["--phase", "words"], 1)[:2] == [sys.executable, str(ROOT / "scripts" / "train_tiny_sam3.py")]
+    two = command(["--phase", "words"], 2)
     assert two[1:3] == ["-m", "torch.distributed.run"] and two[two.index("--nproc_per_node") + 1] == "2"
-    assert two[-2:] == ["--phase", "views"]
+    assert two[-2:] == ["--phase", "words"]
 
 
 def test_a_phase_that_fails_ends_the_program(monkeypatch, tmp_path, capsys):
@@ -77,7 +78,7 @@ def test_a_phase_that_fails_ends_the_program(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(train_tiny_sam3.subprocess, "run", fail)
     assert main(["--output", str(tmp_path), "--processes", "1"]) == 3
-    assert len(ran) == 1 and "phase views ended with exit code 3" in capsys.readouterr().out
+    assert len(ran) == 1 and "phase words ended with exit code 3" in capsys.readouterr().out
 
 
 def test_phases_follow_each_other(monkeypatch, tmp_path):
@@ -99,7 +100,7 @@ def test_phases_follow_each_other(monkeypatch, tmp_path):
     phases = [words[words.index("--phase") + 1] for words in ran]
     assert tuple(phases) == PHASES
     starts = [words[words.index("--pretrained") + 1] if "--pretrained" in words else None for words in ran]
-    assert starts == [None, str(tmp_path / "views" / "ckpt_latest.pth"), str(tmp_path / "image" / "ckpt_latest.pth")]
+    assert starts == [None, *(str(tmp_path / phase / "ckpt_latest.pth") for phase in PHASES[:-1])]
     assert all(words[words.index("--seed") + 1] == "7" for words in ran)
 
 
@@ -110,7 +111,7 @@ def test_all_phases(tmp_path, capsys):
     assert main([*flags, "--processes", "1"]) == 0
     page = target.with_suffix(".md").read_text()
     assert page in capsys.readouterr().out
-    for phase, steps in (("views", 2), ("image", 1), ("tracker", 1)):
+    for phase, steps in (("words", 2), ("closeup", 1), ("image", 1), ("tracker", 1)):
         assert f"| {phase} | {steps} | 0:00:0" in page
     for name in ("J&F of clips, one click", "mask IoU of the clicked object", "absent phrases"):
         assert name in page
@@ -121,5 +122,5 @@ def test_all_phases(tmp_path, capsys):
 
 
 def test_a_missing_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tiny_sam3_views.yaml"):
-        main(["--phase", "views", "--configs", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"tiny_sam3_words.yaml"):
+        main(["--phase", "words", "--configs", str(tmp_path)])

@@ -59,20 +59,26 @@ class Scene:
     phrases: list[Phrase]
 
 
-def make_scene(seed: int, size: int, split: str, photos: Sequence[np.ndarray] | None = None) -> Scene:
+def make_scene(
+    seed: int, size: int, split: str, photos: Sequence[np.ndarray] | None = None, zoom: float = 1.0
+) -> Scene:
     """The scene of number `seed` in `split` (train or val), a square of `size` pixels with 1 to MAX_OBJECTS objects.
 
     photos: grounds for a part of the scenes, uint8 `(H, W, 3)`, as `scene_grounds.read_grounds` gives them; other
-    photos make other scenes. ValueError for an unknown split, a negative seed or a size below MIN_SIZE.
+    photos make other scenes. zoom: objects are so many times as large as usual, 1 to 2; at half the size and twice the
+    zoom they are as many pixels wide and lie closer together. ValueError for an unknown split, a negative seed, a size
+    below MIN_SIZE or another zoom.
     """
+    if not 1 <= zoom <= 2:
+        raise ValueError(f"objects are 1 to 2 times as large as usual, got a zoom of {zoom}")
     generator = scene_generator(SCENE, seed, size, split)
     objects: list[Kind] = []
     while not objects:  # what is too small to be seen is left out; hardly ever is that everything
         ground = draw_ground(size, photos, generator)
         looks = [draw_look(kind, generator) for kind in cast_kinds(split, MAX_OBJECTS, generator)]
-        poses = place([look.kind for look in looks], DIAMETER, generator)
+        poses = place([look.kind for look in looks], DIAMETER, generator, zoom)
         sprites = [draw_object(look, pose, size) for look, pose in zip(looks, poses, strict=True)]
-        kept = keep_visible(sprites, poses, looks, size)
+        kept = keep_visible(sprites, poses, looks, size, zoom)
         objects = [looks[i].kind for i in kept]
     phrases = make_phrases(objects, split, generator)
     masks = paste(ground, [sprites[i] for i in kept])
@@ -111,15 +117,17 @@ def cast_kinds(split: str, most: int, generator: np.random.Generator) -> list[Ki
     return cast
 
 
-def place(cast: Sequence[Kind], diameter: tuple[float, float], generator: np.random.Generator) -> list[Pose]:
-    """Where each object lies, its size (within `diameter`, shares of the side) and how it is turned.
+def place(
+    cast: Sequence[Kind], diameter: tuple[float, float], generator: np.random.Generator, zoom: float = 1.0
+) -> list[Pose]:
+    """Where each object lies, its size (within `diameter`, shares of the side, times `zoom`) and how it is turned.
 
     Small sizes are as likely as large ones, on a scale of ratios. Most objects keep clear of others, some may not.
     """
     poses: list[Pose] = []
     for kind in cast:
         least = max(diameter[0], least_diameter(kind))
-        width = math.exp(generator.uniform(math.log(least), math.log(diameter[1])))
+        width = zoom * math.exp(generator.uniform(math.log(least), math.log(diameter[1])))
         limit = 0.7 if generator.random() < CROWDED else 0.1
         best, least_overlap = Pose(0, 0, 0, 0), math.inf
         for x, y in generator.uniform(0.3 * width, 1 - 0.3 * width, (PLACES, 2)).tolist():
@@ -149,11 +157,12 @@ def _overlap(a: Pose, b: Pose) -> float:
 
 
 def keep_visible(
-    sprites: Sequence[Sprite | None], poses: Sequence[Pose], looks: Sequence[Look], size: int
+    sprites: Sequence[Sprite | None], poses: Sequence[Pose], looks: Sequence[Look], size: int, zoom: float = 1.0
 ) -> list[int]:
     """Which objects to draw, from the back to the front: those of which enough is seen. Small ones tend to the front.
 
-    Enough is MIN_AREA of the picture and MIN_SHOWN of the whole object. One that is left out hides nothing.
+    Enough is MIN_AREA of the picture, times `zoom` squared, and MIN_SHOWN of the whole object. One that is left out
+    hides nothing.
     """
     taken = np.zeros((size, size), bool)
     kept = []
@@ -163,7 +172,7 @@ def keep_visible(
         mask = sprite.mask
         seen = int((mask & ~taken[sprite.area]).sum())
         whole = fill(looks[i].kind.shape) * (poses[i].diameter * size) ** 2
-        if seen >= MIN_AREA * size * size and seen >= MIN_SHOWN * whole:
+        if seen >= MIN_AREA * (zoom * size) ** 2 and seen >= MIN_SHOWN * whole:
             taken[sprite.area] |= mask
             kept.append(i)
     return kept[::-1]

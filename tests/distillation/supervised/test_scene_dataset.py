@@ -1,4 +1,4 @@
-"""Scenes and prompts as batches: the same for the same seed, whole and padded; parts of scenes, with their phrases."""
+"""Scenes and prompts as batches: the same for the same seed, whole and padded, at more than one size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from distillation.supervised.batch import SceneBatch, coverage, pad_rows
-from distillation.supervised.dataset import SceneDataset, view_of
+from distillation.supervised.dataset import SceneDataset, words_of
 from sam3.engine.loader import build_loader
 from sam3.engine.sampler import EpochSampler
-from sam3.engine.scenes import Scene, make_scene, number_of_scene
+from sam3.engine.scene_names import COLOURS, SHAPES, TEXTURES
+from sam3.engine.scenes import make_scene, number_of_scene
 from sam3.model.video_prompts import BOX_LABELS
 from sam3.transforms import Preprocess
-from tests.distillation.supervised.scenes import BLUE_SQUARE, GREEN_STAR, RED_SQUARE, STRIPED_RED, hand_made
+from tests.distillation.supervised.scenes import GREEN_STAR, RED_SQUARE, STRIPED_RED
 
 SIDE, PATCH = 64, 8
 GRID = 4 * SIDE // PATCH  # cells of a mask
@@ -176,75 +177,39 @@ def test_coverage_by_hand():
     assert (found[1] == 255).all() and not found[2].any() and found.dtype == torch.uint8
 
 
-# Parts of scenes ------------------------------------------------------------------------------------------------------
+# Words and sizes ------------------------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """Random numbers that were chosen before; keeps the bounds between which they were asked for."""
-
-    def __init__(self, *answers: int) -> None:
-        self.answers, self.bounds = list(answers), []
-
-    def integers(self, *bounds: int) -> int:
-        self.bounds.append(tuple(map(int, bounds)))
-        return self.answers.pop(0)
+def test_what_has_no_word_is_left_out():
+    """Places in WORDS: square is the second shape, star the fourth; red and green; striped is the first texture."""
+    kinds = [RED_SQUARE, STRIPED_RED, GREEN_STAR]
+    assert words_of(kinds).tolist() == [[1, 0, -1], [1, 0, 0], [3, 5, -1]]
+    assert SHAPES[1] == "square" and COLOURS[5] == "green" and TEXTURES[1] == "striped"
 
 
-@pytest.fixture
-def scene() -> Scene:
-    """20 px. Of a view of 10 px at 0, 0: a fifth of the star is in it, all of a red square, half of the striped one."""
-    return hand_made(
-        20,
-        [
-            (GREEN_STAR, (8, 0, 18, 1)),
-            (RED_SQUARE, (0, 2, 4, 6)),
-            (STRIPED_RED, (8, 5, 12, 9)),
-            (BLUE_SQUARE, (16, 16, 20, 20)),
-        ],
-        {
-            "red square": (1, 2),
-            "square": (1, 2, 3),
-            "striped square": (2,),
-            "star": (0,),
-            "blue square": (3,),
-            "ring": (),
-        },
-    )
+def test_words_of_a_batch_are_padded():
+    data = dataset(count=4)
+    batch = data.load([0, 1, 2, 3], 0)
+    counts = batch.masks.flatten(2).any(2).sum(1)
+    assert counts.min() < counts.max()  # else nothing is padded
+    for image, count in enumerate(counts.tolist()):
+        scene = make_scene(number_of_scene(0, image), SIDE, "train")
+        assert batch.words[image, :count].tolist() == words_of(scene.objects).tolist()
+        assert (batch.words[image, count:] == -1).all()
 
 
-def test_views_keep_what_is_seen(scene: Scene):
-    rng = Scripted(1, 0, 0)
-    view = view_of(scene, 10, rng)
-    assert rng.bounds == [(4,), (0, 1), (0, 3)]  # the square at 0, 2 is whole in views from 0 to 0 and from 0 to 2
-    assert (view.image == scene.image[:10, :10]).all()
-    assert view.objects == [RED_SQUARE, STRIPED_RED]
-    assert (view.masks == scene.masks[[1, 2], :10, :10]).all() and view.masks[1].sum() == 8
-    phrases = {phrase.text: phrase.matches for phrase in view.phrases}
-    assert phrases == {"red square": (0, 1), "square": (0, 1), "striped square": (1,), "ring": ()}
+def test_a_smaller_model_sees_larger_objects():
+    """At 40 px instead of 64, an object covers a larger share of the picture, and about as many pixels."""
+    small, usual = (dataset(view=side, count=60).load(list(range(60)), 0) for side in (40, SIDE))
+    assert small.images.shape[-2:] == (40, 40) and small.masks.shape[-1] == 4 * 40 // PATCH
+    areas = []
+    for batch, side in ((small, 40), (usual, SIDE)):
+        sides = (batch.boxes[..., 2:] - batch.boxes[..., :2])[batch.words[..., 0] >= 0] * side
+        areas.append(sides.prod(1).sqrt().median().item())
+    assert areas[0] == pytest.approx(areas[1], rel=0.2)
+    assert {"text", "absent", "box"} <= set(small.kinds)
 
 
-def test_views_reach_every_border(scene: Scene):
-    rng = Scripted(3, 10, 10)
-    view = view_of(scene, 10, rng)
-    assert rng.bounds == [(4,), (10, 11), (10, 11)]
-    assert view.objects == [BLUE_SQUARE] and (view.image == scene.image[10:, 10:]).all()
-    phrases = {phrase.text: phrase.matches for phrase in view.phrases}
-    assert phrases == {"square": (0,), "blue square": (0,), "ring": ()}
-
-
-def test_specks_are_not_asked_for():
-    """Of a view of 60 px, eleven pixels are three thousandths, ten are less."""
-    scene = hand_made(80, [(RED_SQUARE, (0, 0, 11, 1)), (BLUE_SQUARE, (0, 5, 10, 6))])
-    assert view_of(scene, 60, Scripted(0, 0, 0)).objects == [RED_SQUARE]
-
-
-def test_views_of_made_scenes_show_something():
-    batch = dataset(view=40, count=100).load(list(range(100)), 0)
-    assert batch.images.shape[-2:] == (40, 40) and batch.masks.shape[-1] == 4 * 40 // PATCH
-    assert batch.masks.flatten(2).any(2).any(1).all() and batch.exemplars.max() <= 1
-    assert {"text", "absent", "box"} <= set(batch.kinds)
-
-
-def test_views_are_no_larger_than_scenes():
-    with pytest.raises(ValueError, match="views of 80 px cannot be cut from scenes of 64 px"):
-        dataset(view=80)
+def test_objects_are_not_made_smaller():
+    with pytest.raises(ValueError, match=r"1 to 2 times as large as usual, got a zoom of 0.8"):
+        dataset(view=80).load([0], 0)

@@ -106,6 +106,23 @@ def test_terms_by_hand():
     assert terms["presence"].item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
 
 
+def test_absent_things_may_teach_scores():
+    """Of the pair without an object, the same two logits at half the weight; the mean stays one over objects."""
+    loss = SetLoss(SetWeights(), absent_score=0.5)
+    out = layer([[HERE, THERE], [HERE, HERE]], [LOG3, LOG3])
+    terms, _ = loss(out, targets([[True, False], [False, False]], [[HERE, HERE], [HERE, HERE]]))
+    assert terms["score"].item() == pytest.approx(3 * FOCAL_HALF)
+
+
+def test_hits_and_misses_may_weigh_differently():
+    """With nothing to hit, both queries are misses: a quarter of the weight instead of a half."""
+    loss = SetLoss(SetWeights(), absent_score=1.0, focal_alpha=0.75)
+    terms, _ = loss(layer([[HERE, THERE]], [0.0]), targets([[False]], [[HERE]]))
+    assert terms["score"].item() == pytest.approx(2 * FOCAL_HALF / 2)
+    with pytest.raises(ValueError, match="an alpha between 0 and 1, got 1"):
+        SetLoss(SetWeights(), focal_alpha=1.0)
+
+
 def test_terms_are_means_over_layers_and_the_last_assignment_is_given():
     """The earlier layer finds the object with its second query, a tenth to the right: l1 of 0.1, IoU of 4 / 6."""
     moved = (0.1, 0.0, 0.6, 0.5)

@@ -32,7 +32,7 @@ def test_defaults_and_flags(plain: Path):
     assert supervised_config.set_weights(load(plain)) == SetWeights()
 
 
-@pytest.mark.parametrize("phase", ["views", "image"])
+@pytest.mark.parametrize("phase", ["words", "closeup", "image"])
 def test_the_shipped_configs(phase: str):
     config = load(ROOT / f"configs/tiny_sam3_{phase}.yaml")
     assert phase == config.PHASE and config.is_frozen()

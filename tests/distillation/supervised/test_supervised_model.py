@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from distillation.supervised.batch import ClickRows, SceneBatch
 from distillation.supervised.dataset import SceneDataset
-from distillation.supervised.evaluation import SceneValidator
+from distillation.supervised.evaluation import SceneValidator, WordValidator
 from distillation.supervised.model import SupervisedSam3, click_terms, rows_with_error, switch_off_noise
 from distillation.supervised.set_loss import SetLoss, SetWeights
 from sam3.engine.distributed import World
+from sam3.engine.scene_names import COLOURS, SHAPES
 from sam3.model.config import Sam3Config
 from sam3.model.tracker_config import TrackerConfig
 from sam3.model_builder import assemble_image_model
@@ -96,6 +100,79 @@ def test_steps_on_one_batch_lower_the_loss():
     assert last["total"] < 0.8 * first["total"]
     assert last["mask_bce"] < first["mask_bce"] and last["click_bce"] < first["click_bce"]
     assert last["score"] < first["score"] and last["presence"] < first["presence"]
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def said(model: SupervisedSam3, word: str) -> Tensor:
+    """(C,), the text encoder's mean over a word's tokens, its start and its end."""
+    text = model.detector.backbone.forward_text([word], device=torch.device("cpu"))
+    return text["language_features"][~text["language_mask"][0], 0].mean(0)
+
+
+def likeness(model: SupervisedSam3, words: Sequence[str], others: Sequence[str]) -> Tensor:
+    """Cosines (words, others)"""
+    ours, theirs = (torch.stack([said(model, word) for word in row]) for row in (words, others))
+    return F.cosine_similarity(ours[:, None], theirs[None], dim=-1)
+
+
+@torch.no_grad()
+def test_an_object_is_named_by_the_word_it_looks_like(model: SupervisedSam3):
+    """The left half looks like a star, the right half like red; the two objects are the halves, both red stars."""
+    seen = torch.zeros(1, TINY.dim, 4, 4)
+    seen[0, :, :, :2], seen[0, :, :, 2:] = (said(model, word)[:, None, None] for word in ("star", "red"))
+    masks = torch.zeros(1, 2, 16, 16, dtype=torch.uint8)
+    masks[0, 0, :, :8] = masks[0, 1, :, 8:] = 255
+    star, red = SHAPES.index("star"), COLOURS.index("red")
+    batch = SimpleNamespace(masks=masks, words=torch.tensor([[[star, red, -1], [star, red, -1]]]))
+    loss, named = model.word_term(seen, batch)
+    looks = ("star", "red")
+    expected = F.cross_entropy(likeness(model, looks, SHAPES) / 0.1, torch.tensor([star, star]))
+    expected += F.cross_entropy(likeness(model, looks, COLOURS) / 0.1, torch.tensor([red, red]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert named["shape"].item() >= 0.5 and named["colour"].item() >= 0.5  # one of the two each, at the least
+    assert named["texture"].item() == 0  # none has one
+
+
+def test_words_alone_train_what_tells_them_apart():
+    model = build(only_words=True)
+    batch = scenes(model, [0, 1], prompts=1, clicks=0)
+    losses = model(batch)
+    assert set(losses) == {"total", "shape_named", "colour_named", "texture_named"}
+    losses["total"].backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    neck = "detector.backbone.vision_backbone."
+    assert all(name.startswith((f"{neck}trunk.", f"{neck}convs.2.", "detector.backbone.language_")) for name in reached)
+    assert any(name.startswith(f"{neck}trunk.patch_embed") for name in reached)
+
+
+def test_words_are_a_term_among_others(model: SupervisedSam3):
+    batch = scenes(model, [0, 1], seed=1)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        without = model(batch)
+        torch.manual_seed(0)
+        model.word_weight = 2.0
+        losses = model(batch)
+        model.word_weight = 0.0
+        term, named = model.word_term(model.name_map(model.embed(batch)), batch)
+    assert set(losses) == {*without, "words", "shape_named"}
+    assert losses["words"].item() == pytest.approx(2 * term.item(), rel=1e-4)
+    assert losses["total"].item() == pytest.approx(without["total"].item() + 2 * term.item(), rel=1e-4)
+    assert losses["shape_named"].item() == named["shape"].item()
+
+
+@torch.no_grad()
+def test_words_are_validated_by_their_shares(model: SupervisedSam3):
+    batch = scenes(model, [0, 1, 2], "val")
+    named = model.word_term(model.name_map(model.embed(batch)), batch)[1]
+    result = WordValidator(model, [batch], World(0, 1, 0, torch.device("cpu")))(0, 0)
+    shares = {f"val/{part}_named": pytest.approx(share.item()) for part, share in named.items()}
+    assert result == {**shares, "val/target": min(share.item() for share in named.values())}
+
+
+# Terms ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_total_is_the_sum_of_the_weighted_terms(model: SupervisedSam3):
