@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sam3.backbones.student import StudentEncoder, StudentTrunk, build_student
+from sam3.backbones.student import StudentEncoder, StudentTrunk, untrained_student
 from sam3.engine import cli, log, sa1b
 from sam3.engine.distributed import choose_device
 from sam3.engine.files import atomic_path, human_bytes, write_json
@@ -73,7 +73,7 @@ class Model:
         self.model = build_sam3_image_model(checkpoint_path=path, device=device)
         trunk = self.model.backbone.vision_backbone.trunk
         if untrained:
-            trunk.model = _fresh_student(trunk, path).to(device).eval()
+            trunk.model = untrained_student(_student(trunk, path)).to(device).eval()
         self.result = Result(name, path, sum(p.numel() for p in trunk.parameters()))
         trunk.register_forward_pre_hook(self._start)
         trunk.register_forward_hook(self._stop)
@@ -169,14 +169,6 @@ def _student(trunk: nn.Module, path: Path) -> StudentEncoder:
     if not isinstance(trunk, StudentTrunk):
         raise ValueError(f"{path} holds no student; merge one into it with stage1/convert_stage1_weights.py")
     return trunk.model
-
-
-def _fresh_student(trunk: nn.Module, path: Path) -> StudentEncoder:
-    """The student of `trunk` as training finds it."""
-    student = _student(trunk, path)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build_student(student.backbone.model.name, student.embed_dim, student.embed_size)
 
 
 def _shared_preprocess(students: list[Model]) -> Preprocess:

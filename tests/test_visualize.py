@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from sam3.visualize import (
+    answer_panel,
     distinct_colors,
     draw_objects,
     object_color,
     overlay_masks,
     overlay_prompts,
+    picture_table,
     prompt_panels,
+    table_rows,
 )
 
 
@@ -104,3 +107,25 @@ def test_overlay_of_prompts():
     assert (drawn[89, 50] == object_color(4)).all(), "the box is brought onto the picture"
     assert (frame == 100).all()
     assert (overlay_prompts(frame, 4) == frame).all()
+
+
+def test_answers_fill_their_column_of_a_table():
+    frame = np.full((50, 100, 3), 100, dtype=np.uint8)
+    mask = np.zeros((50, 100), dtype=bool)
+    mask[20:40, 60:90] = True
+    plain = answer_panel(frame, {}, width=204)
+    assert plain.size == (200, 100)
+    assert np.all(np.asarray(plain) == 100)
+    drawn = answer_panel(frame, {3: mask}, width=204, text="red star", note="IoU 0.50", point=np.array([10.5, 25.0]))
+    pixels = np.asarray(drawn)
+    assert (pixels[60, 150] == ((100 + object_color(3).astype(int)) / 2).astype(int)).all()
+    assert (pixels[50, 21] == 255).all()
+    assert (pixels[:26, :60] == 0).any() and (pixels[-26:, :60] == 0).any()  # the words' background
+    assert (frame == 100).all()
+    rows = table_rows([[plain, drawn], [plain.resize((200, 40)), plain]], 204)
+    assert rows == [
+        {"top": 26, "height": 100, "width": 200, "step": 204},
+        {"top": 26 + 100 + 4, "height": 100, "width": 200, "step": 204},
+    ]
+    sheet = np.asarray(picture_table([[plain, drawn], [plain.resize((200, 40)), plain]], ["a", "b"], 204))
+    assert (sheet[26:126, 204:404] == pixels).all()

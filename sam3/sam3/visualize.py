@@ -113,6 +113,35 @@ def overlay_prompts(
     return np.array(picture)
 
 
+def answer_panel(
+    frame: np.ndarray,
+    masks: Mapping[int, np.ndarray],
+    *,
+    width: int,
+    text: str = "",
+    box: np.ndarray | None = None,
+    point: np.ndarray | None = None,
+    note: str = "",
+) -> Image.Image:
+    """A frame with what was asked and what was found, for a column of `picture_table` of that width.
+
+    Args:
+        frame: uint8 (H, W, 3) RGB.
+        masks: as in `overlay_masks`.
+        text: a phrase, written at the top; box: (4,) left, top, right, bottom; point: (2,) x, y, in pixels.
+        note: written at the bottom.
+    """
+    pixels = overlay_masks(frame, masks, show_ids=False)
+    points = [] if point is None else [tuple(point.tolist())]
+    pixels = overlay_prompts(pixels, 0, points, [1] * len(points), [] if box is None else [tuple(box.tolist())])
+    panel = _fit_width(Image.fromarray(pixels), width - MARGIN)
+    draw = ImageDraw.Draw(panel)
+    for line, top in ((text, MARGIN), (note, panel.height - TITLE_HEIGHT)):
+        if line:
+            _draw_label(draw, (MARGIN, top), line, (255, 255, 255), 1.5)
+    return panel
+
+
 def _line_width(size: tuple[int, int]) -> int:
     """Pixels that look the same in pictures of every size (either order of the sides)."""
     return max(1, round(min(size) / 400))
@@ -127,7 +156,7 @@ def _tint(pixels: np.ndarray, mask: np.ndarray, color: np.ndarray, opacity: floa
     pixels[mask & ~inner] = color
 
 
-def _draw_label(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, color: tuple, unit: int) -> None:
+def _draw_label(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, color: tuple, unit: float) -> None:
     font = ImageFont.load_default(10 * unit + 2)
     draw.rectangle(draw.textbbox(corner, text, font=font), fill="black")
     draw.text(corner, text, fill=color, font=font)
@@ -190,6 +219,17 @@ def picture_table(rows: list[list[Image.Image]], titles: list[str], width: int =
             sheet.paste(picture, (width * column, top))
         top += height
     return sheet
+
+
+def table_rows(rows: list[list[Image.Image]], width: int = 320) -> list[dict[str, int]]:
+    """Where `picture_table` puts the pictures of each row, in pixels: `top`, `height`, `width`, and `step` from one
+    column to the next."""
+    heights = [max(_fit_width(picture, width - MARGIN).height for picture in row) for row in rows]
+    tops = [TITLE_HEIGHT + sum(heights[:i]) + MARGIN * i for i in range(len(rows))]
+    return [
+        {"top": top, "height": height, "width": width - MARGIN, "step": width}
+        for top, height in zip(tops, heights, strict=True)
+    ]
 
 
 def _fit_width(picture: Image.Image, width: int) -> Image.Image:

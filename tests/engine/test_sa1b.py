@@ -20,6 +20,7 @@ from sam3.engine.sa1b import (
     list_unannotated,
     pixel_of_runs,
     read_annotations,
+    read_phrases,
     run_lengths,
     sample_runs,
 )
@@ -205,6 +206,22 @@ def test_no_annotations_and_left_out_fields_are_fine(tmp_path):
     assert plain.boxes.tolist() == [[0, 1, 2, 3]]
     assert plain.points.isnan().all()
     assert plain.areas.isnan().all()
+
+
+def test_phrases_mean_objects_by_their_place(tmp_path):
+    path = tmp_path / "a.json"
+    entries = [{"id": 30}, {"id": 10}, {"id": 20}]
+    phrases = [{"text": "red star", "ids": [10, 30]}, {"text": "star", "ids": []}]
+    path.write_text(json.dumps({"annotations": entries, "phrases": phrases}))
+    assert read_phrases(path) == [("red star", [1, 0]), ("star", [])]
+    path.write_text(json.dumps({"annotations": entries}))
+    assert read_phrases(path) == []
+    for wrong in ([{"text": "x", "ids": [7]}], [{"ids": [10]}], [5], 3):
+        path.write_text(json.dumps({"annotations": entries, "phrases": wrong}))
+        with pytest.raises(ValueError, match=r"annotation file .*a\.json is damaged"):
+            read_phrases(path)
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_phrases(tmp_path / "none.json")
 
 
 ENTRY = {"bbox": [0, 1, 2, 2], "segmentation": {"size": [3, 4], "counts": [12]}, "area": 4}

@@ -113,6 +113,13 @@ def build_student(
     return StudentEncoder(_build_backbone(backbone_name, drop_path), embed_dim, embed_size)
 
 
+def untrained_student(student: StudentEncoder) -> StudentEncoder:
+    """The same student as training finds it, with the weights of one fixed seed, on the CPU."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_student(student.backbone.model.name, student.embed_dim, student.embed_size)
+
+
 def recognise_student(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[str, int]:
     """Which student's weights stand under `prefix`: its key in `BACKBONES`, and its `embed_dim`.
 

@@ -130,6 +130,20 @@ def read_annotations(path: str | Path) -> ImageAnnotations:
     return build_annotations(path, height, width, entries)
 
 
+def read_phrases(path: str | Path) -> list[tuple[str, list[int]]]:
+    """Phrases of an annotation file of data/make_sample_sa1b.py --scenes, each with the places of the objects that it
+    means, none for a phrase that is true of nothing; [] for a file without any, such as SA-1B's own. Raises as
+    `read_annotations`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotation file {path}; fetch it, or remove its picture")
+    with naming_damage(path):
+        document = json.loads(path.read_bytes())
+        places = {entry.get("id"): place for place, entry in enumerate(document["annotations"])}
+        return [(str(phrase["text"]), [places[i] for i in phrase["ids"]]) for phrase in document.get("phrases", ())]
+
+
 def build_annotations(source: Path, height: int, width: int, entries: Sequence[Mapping[str, Any]]) -> ImageAnnotations:
     """From annotation entries in COCO's form (bbox xywh, segmentation), with SA-1B's extra fields where they exist.
 
