@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from yacs.config import CfgNode
 
@@ -19,7 +18,7 @@ from sam3.engine.distributed import World
 from sam3.engine.loader import loader_from_config, once_sampler, train_sampler
 from sam3.engine.log import MetricLog
 from sam3.engine.recipe import by_steps
-from sam3.engine.scene_grounds import list_grounds, read_grounds, split_grounds
+from sam3.engine.scene_grounds import grounds_of
 from sam3.engine.training_run import TrainingRun
 from sam3.engine.weights import load_for_any_size
 from sam3.model.config import Sam3Config
@@ -28,7 +27,6 @@ from sam3.model_builder import assemble_image_model
 from sam3.tracker_builder import assemble_tracker
 
 SCENES_PER_EPOCH = 1_000_000  # more than a run sees
-GROUND_SHARES = (48, 8)  # how train and val share the photos, as in the sample set of scenes
 # Going on with another value of one of these would mean something else.
 RESUME_KEYS = (
     *("PHASE", "SEED", "MODEL.PRESET", "TRAIN.OPTIMIZER.NAME"),
@@ -102,12 +100,6 @@ def scenes(config: CfgNode, model: SupervisedSam3, split: str, count: int) -> Sc
         config.DATA.PROMPTS,
         config.DATA.CLICKS,
         config.DATA.CLICK_EVERY,
-        grounds(config.DATA.PHOTOS, split, sizes.img_size),
+        grounds_of(config.DATA.PHOTOS, split, sizes.img_size),
         dict(config.DATA.MIX),
     )
-
-
-def grounds(folder: str, split: str, size: int) -> tuple[np.ndarray, ...]:
-    """Photos behind the objects of a split's scenes, `size` px at the shorter side at most; empty: the bundled ones."""
-    photos = list_grounds(Path(folder) if folder else None)
-    return read_grounds(split_grounds(photos, *GROUND_SHARES, seed=0)[split], size)

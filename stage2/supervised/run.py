@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from yacs.config import CfgNode
 
 from sam3.engine.config import leaf_keys
@@ -15,7 +14,7 @@ from sam3.engine.distributed import World
 from sam3.engine.loader import loader_from_config, once_sampler, train_sampler
 from sam3.engine.log import MetricLog
 from sam3.engine.recipe import by_steps
-from sam3.engine.scene_grounds import list_grounds, read_grounds, split_grounds
+from sam3.engine.scene_grounds import grounds_of
 from sam3.engine.training_run import TrainingRun
 from sam3.engine.weights import load_for_any_size
 from sam3.model.config import Sam3Config
@@ -27,7 +26,6 @@ from stage2.supervised.dataset import SceneClips, ValidationClips
 from stage2.supervised.model import SupervisedTracker
 from stage2.supervised.validation import ClipValidator
 
-GROUND_SHARES = (48, 8)  # how train and val share the photos, as in the phases before
 # Going on with another value of one of these would mean something else.
 HOW = ("DATA.BATCH_SIZE", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.NUM_VAL_")
 RESUME_KEYS = (
@@ -47,7 +45,7 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
         clip_draws(config),
         prompt_sampling(config),
         config.SEED,
-        photos(config.DATA.PHOTOS, "train", preprocess.img_size),
+        grounds_of(config.DATA.PHOTOS, "train", preprocess.img_size),
     )
     pretrained = config.MODEL.PRETRAINED
     missing_in_plan = dry_run and not Path(pretrained).is_file()  # the phases before may still be to come
@@ -56,7 +54,7 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
 
     def make_validator(metrics: MetricLog) -> ClipValidator:
         data = config.DATA
-        grounds = photos(data.PHOTOS, "val", preprocess.img_size)
+        grounds = grounds_of(data.PHOTOS, "val", preprocess.img_size)
         dataset = ValidationClips(data.NUM_VAL_CLIPS, preprocess, side, data.NUM_VAL_FRAMES, grounds)
         batches = once_sampler(len(dataset), data.BATCH_SIZE, world)
         return ClipValidator(model, loader_from_config(config, dataset, batches, world.device), world)
@@ -91,12 +89,6 @@ def build_model(config: CfgNode) -> SupervisedTracker:
     detector = assemble_image_model(Sam3Config.preset(config.MODEL.PRESET), with_sam2_neck=True)
     tracker = assemble_tracker(TrackerConfig.preset(config.MODEL.PRESET))
     return SupervisedTracker(detector, tracker, track_weights(config), config.MODEL.TRAIN_NECK)
-
-
-def photos(folder: str, split: str, side: int) -> tuple[np.ndarray, ...]:
-    """Those that lie behind the objects of a split's clips, of `folder` or the bundled ones; none serves both."""
-    found = list_grounds(Path(folder) if folder else None)
-    return read_grounds(split_grounds(found, *GROUND_SHARES, 0)[split], side)
 
 
 def take_image_model(model: SupervisedTracker, path: str | Path) -> None:

@@ -22,6 +22,7 @@ from sam3.engine.scene_names import pick
 SHOWING_SHAPES = (
     *("astronaut.png", "chelsea.png", "coffee.png", "coins.png", "flower.jpg", "moon.png", "motorcycle_left.png"),
 )
+SAMPLE_SIZES = (48, 8)  # train and val pictures of the sample set
 PHOTO_SHARE = 0.5  # of the scenes, if there are photos
 PHOTO_CONTRAST = (0.5, 0.95)  # what is left of a photo's own, so that objects stand out
 BRIGHTNESS = (75, 195)  # the mean of a ground lies between; black and white objects are darker and brighter
@@ -62,6 +63,15 @@ def read_grounds(paths: tuple[Path, ...], side: int = 288) -> tuple[np.ndarray, 
             photo = photo.resize(sides, Image.Resampling.LANCZOS)
         photos.append(np.asarray(photo))
     return tuple(photos)
+
+
+def grounds_of(folder: str, split: str, side: int) -> tuple[np.ndarray, ...]:
+    """Photos for scenes and clips made on the fly: those of a split, of `folder` or, if empty, the bundled ones.
+
+    Splits share them as the sample set of scenes does. side: as for `read_grounds`. Raises what these raise.
+    """
+    photos = list_grounds(Path(folder) if folder else None)
+    return read_grounds(split_grounds(photos, *SAMPLE_SIZES, seed=0)[split], side)
 
 
 def draw_ground(size: int, photos: Sequence[np.ndarray] | None, generator: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A tiny SAM3 to start from, beside a config that changes nothing."""
+"""A tiny SAM3 to start from, beside a config for batches as small as those of the tests."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("image_model") / "sam3_tiny.safetensors"
     assert make_tiny_sam3.main(["--output", str(path)]) == 0
-    (path.parent / "c.yaml").write_text("PHASE: tracker\n")
+    (path.parent / "c.yaml").write_text("PHASE: tracker\nTRAIN: {ACCUMULATION_STEPS: 1}\n")
     return path
