@@ -53,6 +53,19 @@ def test_forgotten_when_the_encoder_changes(backbone, change: str):
     assert change == "mode" or not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_forgotten_when_an_optimizer_has_stepped(backbone, fused: bool):
+    """A fused optimizer leaves the version of a weight as it was."""
+    before = features(backbone.eval(), ["a dog"])
+    optimizer = torch.optim.AdamW(backbone.language_backbone.parameters(), 0.1, fused=fused)
+    backbone.train()
+    backbone.forward_text(["a cat"])["language_features"].sum().backward()
+    optimizer.step()
+    after = features(backbone.eval(), ["a dog"])
+    assert not torch.equal(before, after)
+    assert torch.equal(after, backbone.language_backbone(["a dog"])[1])
+
+
 def test_cache_is_bounded(backbone, monkeypatch):
     monkeypatch.setattr(vl_combiner, "MAX_CACHED_PHRASES", 2)
     features(backbone, ["a", "b", "c"])  # one call may need more than is kept

@@ -45,7 +45,7 @@ class SAM3VLBackbone(nn.Module):
 
         language_features (L, T, C); language_mask (T, L) bool, True = padding; language_embeds (L, T, W), token
         embeddings before positions. `additional_text` is encoded along and comes back as `additional_text_features` and
-        `additional_text_mask`. Without gradients, a phrase is encoded once and then remembered.
+        `additional_text_mask`. In eval mode and without gradients, a phrase is encoded once and then remembered.
 
         Args:
             device: where the results go; left out, they stay where the weights are.
@@ -58,7 +58,11 @@ class SAM3VLBackbone(nn.Module):
         if isinstance(captions, str) or not captions:
             raise ValueError(f"wanted a non-empty list of phrases, got {captions!r}")
         texts = [*captions, *(additional_text or [])]
-        mask, features, embeds = self.language_backbone(texts) if torch.is_grad_enabled() else self._remembered(texts)
+        if torch.is_grad_enabled() or self.language_backbone.training:
+            self._phrases.clear()  # an optimizer may follow, and fused ones leave no trace in a weight's version
+            mask, features, embeds = self.language_backbone(texts)
+        else:
+            mask, features, embeds = self._remembered(texts)
         if device is not None:
             mask, features, embeds = mask.to(device), features.to(device), embeds.to(device)
         count = len(captions)
@@ -98,12 +102,12 @@ class SAM3VLBackbone(nn.Module):
 
     def _text_state(self) -> Hashable:
         """Changes whenever remembered phrases stop being what the encoder would compute: new, moved or trained
-        weights, dropout on or off, another autocast mode."""
+        weights, another autocast mode."""
         parameters = list(self.language_backbone.parameters())
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
         device = parameters[0].device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return weights, device, self.language_backbone.training, autocast
+        return weights, device, autocast
 
 
 def _named(levels: list[Tensor], positions: list[Tensor]) -> dict[str, Any]:
