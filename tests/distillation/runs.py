@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "save_every_steps": 1,
     "keep_last": 0,
     "tensorboard": "false",
+    "memory_budget_gb": 64,  # the peak is that of the whole process, and these tests share theirs with large models
 }
 
 

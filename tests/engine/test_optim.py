@@ -80,7 +80,7 @@ def test_optimizers_step_as_torchs_plain_ones(name):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="optimizer 'lion' is unknown; choose adamw or sgd"):
+    with pytest.raises(ValueError, match="optimizer 'lion' is unknown; choose adamw, muon or sgd"):
         build_optimizer("lion", [], lr=1.0)
     with pytest.raises(ValueError, match="schedule 'poly' is unknown; choose one of cosine, linear, step"):
         build_schedule("poly", base_lr=1.0, total_steps=1)

@@ -16,13 +16,14 @@ from scripts import train_tiny_sam3
 from scripts.train_tiny_sam3 import MEASURED, PHASES, ROOT, command, full_parser, main, processes
 
 # Of all phases, as little as can be trained and measured.
+ONE = {"EFFECTIVE_BATCH": 2, "WARMUP_STEPS": 0}
 SHORT = {
-    "words": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 2, "EFFECTIVE_BATCH": 2}},
-    "closeup": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 1, "EFFECTIVE_BATCH": 2}},
-    "image": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 1, "EFFECTIVE_BATCH": 2}},
+    "words": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 2, **ONE}},
+    "closeup": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 1, **ONE}},
+    "image": {"DATA": {"NUM_VAL_SCENES": 2, "BATCH_SIZE": 2}, "TRAIN": {"MAX_STEPS": 1, **ONE}},
     "tracker": {
         "DATA": {"NUM_VAL_CLIPS": 1, "NUM_VAL_FRAMES": 2, "BATCH_SIZE": 1, "NUM_FRAMES": [2]},
-        "TRAIN": {"MAX_STEPS": 1, "EFFECTIVE_BATCH": 1},
+        "TRAIN": {"MAX_STEPS": 1, "EFFECTIVE_BATCH": 1, "WARMUP_STEPS": 0},
     },
 }
 

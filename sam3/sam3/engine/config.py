@@ -46,7 +46,7 @@ SHARED_FLAGS: dict[str, FlagAction] = {
 SHARED_CHOICES: dict[str, tuple[str, ...]] = {
     "DATA.RESIZE": ("pad", "square"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
+    "TRAIN.OPTIMIZER.NAME": ("adamw", "muon", "sgd"),
     "AMP_DTYPE": ("auto", "bf16", "fp16"),
 }
 
@@ -98,9 +98,9 @@ def shared_defaults() -> CfgNode:
     c.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step only: multiply by DECAY_RATE every so many epochs
     c.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
     c.TRAIN.OPTIMIZER = CfgNode()
-    c.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd (Nesterov)
-    c.TRAIN.OPTIMIZER.EPS = 1e-8  # adamw
-    c.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # adamw
+    c.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | muon (AdamW but for hidden matrices) | sgd (Nesterov)
+    c.TRAIN.OPTIMIZER.EPS = 1e-8  # adamw, muon
+    c.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # adamw, muon
     c.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
 
     c.AMP_ENABLE = True

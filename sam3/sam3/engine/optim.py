@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sam3.engine.muon import Muon
+
 log = logging.getLogger("sam3.optim")
 
 LrAt = Callable[[int], float]
@@ -61,7 +63,10 @@ def build_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """`adamw`, or `sgd` with Nesterov momentum; fused, so that a step with bad gradients can be skipped unseen."""
+    """`adamw`, `muon` (see `sam3.engine.muon`), or `sgd` with Nesterov momentum; adamw and sgd are fused, so that a step
+    with bad gradients can be skipped unseen."""
+    if name == "muon":
+        return Muon(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
     if name == "sgd":
@@ -72,7 +77,7 @@ def build_optimizer(
             for parameter in (p for group in groups for p in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    raise ValueError(f"optimizer {name!r} is unknown; choose adamw or sgd")
+    raise ValueError(f"optimizer {name!r} is unknown; choose adamw, muon or sgd")
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

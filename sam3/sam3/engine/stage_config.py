@@ -20,7 +20,7 @@ Conditions = Mapping[str, tuple[Callable[[CfgNode], bool], str]]
 
 
 def _adamw(c: CfgNode) -> bool:
-    return c.TRAIN.OPTIMIZER.NAME == "adamw"
+    return c.TRAIN.OPTIMIZER.NAME in ("adamw", "muon")
 
 
 def _step(c: CfgNode) -> bool:
@@ -31,8 +31,8 @@ def _step(c: CfgNode) -> bool:
 CONDITIONS: Conditions = {
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (_step, "with LR_SCHEDULER.NAME step"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": (_step, "with LR_SCHEDULER.NAME step"),
-    "TRAIN.OPTIMIZER.EPS": (_adamw, "with OPTIMIZER.NAME adamw"),
-    "TRAIN.OPTIMIZER.BETAS": (_adamw, "with OPTIMIZER.NAME adamw"),
+    "TRAIN.OPTIMIZER.EPS": (_adamw, "with OPTIMIZER.NAME adamw or muon"),
+    "TRAIN.OPTIMIZER.BETAS": (_adamw, "with OPTIMIZER.NAME adamw or muon"),
     "TRAIN.OPTIMIZER.MOMENTUM": (lambda c: c.TRAIN.OPTIMIZER.NAME == "sgd", "with OPTIMIZER.NAME sgd"),
 }
 # Smallest values of shared numbers that nothing else checks before data are read or a model is built.
