@@ -158,7 +158,8 @@ def measure(phase: str, args: argparse.Namespace) -> Mapping[str, float]:
 def export(path: Path, target: Path) -> int:
     """Write a checkpoint's weights in half precision. Returns the exit code."""
     found = weights.load_weights(path)
-    tensors = {key: halved(tensor) for key, tensor in found.tensors.items()}
+    parts = ("detector.", "tracker.")
+    tensors = {key: halved(tensor) for key, tensor in found.tensors.items() if key.startswith(parts)}
     target.parent.mkdir(parents=True, exist_ok=True)
     weights.save_weights(target, tensors, {"trained": {"on": "generated scenes", "preset": "tiny"}})
     print(f"{target}: {len(tensors)} entries, {human_bytes(target.stat().st_size)}")

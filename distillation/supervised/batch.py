@@ -20,6 +20,8 @@ from sam3.engine.embeddings import EmbeddingBatch
 from sam3.model.box_ops import box_xyxy_to_cxcywh
 from sam3.model.geometry_encoders import Prompt
 
+NOTHING = 255  # in place of an object's number, where a pixel shows the ground
+
 
 @dataclass
 class ClickRows:
@@ -39,7 +41,9 @@ class ClickRows:
 class SceneBatch:
     """images: uint8 `(I, 3, S, S)`; masks: uint8 `(I, N, M, M)`, share of each cell that an object covers, in 255ths;
     boxes: `(I, N, 4)` xyxy in 0..1. words: long `(I, N, 3)`, place of an object's shape, colour and texture in `WORDS`,
-    -1 for a plain texture and in the padding. full_masks: bool `(I, N, S, S)`, for evaluation, else None.
+    -1 for a plain texture and in the padding; turns: long `(I, N)`, see `outlines.turns_of`, -1 in the padding;
+    instances: uint8 `(I, S, S)`, the object that each pixel shows, or NOTHING. full_masks: bool `(I, N, S, S)`, for
+    evaluation, else None.
     image: long `(B,)`; kinds, phrases: B strings; wanted: bool `(B, N)`. exemplars: `(B, Nb, 4)` xyxy in 0..1 with
     exemplar_labels and exemplar_mask `(B, Nb)`, True = padding; points `(B, Np, 2)` in 0..1 with the like.
     shown: long `(B,)`, the object that a pair's first exemplar lies on, -1 without one.
@@ -64,6 +68,8 @@ class SceneBatch:
     clicks: ClickRows
     corners: ClickRows
     words: Tensor | None = None
+    turns: Tensor | None = None
+    instances: Tensor | None = None
     full_masks: Tensor | None = None
     embeddings: EmbeddingBatch | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)

@@ -53,6 +53,8 @@ MINIMA = {
     "LOSS.CLICK_WEIGHT": 0,
     "LOSS.MASK_SHARE": 0,
     "LOSS.WORD_WEIGHT": 0,
+    "LOSS.OUTLINE_WEIGHT": 0,
+    "DATA.NUM_SCENES": 0,
 }
 MINIMA = {key: least for key, least in MINIMA.items() if not key.startswith("DISTILL.")}
 
@@ -72,6 +74,7 @@ def defaults() -> CfgNode:
 
     c.DATA.BATCH_SIZE = 8  # scenes per process and step
     c.DATA.IMG_SIZE = 224  # side of the scenes, px; below the preset's, objects are larger for that
+    c.DATA.NUM_SCENES = 0  # different ones, kept in memory and shown in quarter turns; 0: all are
     c.DATA.PHOTOS = ""  # folder of photos that lie behind the objects of some scenes; empty: the bundled ones
     c.DATA.PROMPTS = 2  # phrases or exemplars asked about each scene
     c.DATA.MIX = CfgNode(dict(TRAINING_MIX))  # shares of the prompts: text, absent, box, point, ...
@@ -86,6 +89,7 @@ def defaults() -> CfgNode:
     c.LOSS.ABSENT_SCORE = 0.0  # how much scores learn from absent things; 0 leaves these to the presence token
     c.LOSS.CLICK_WEIGHT = 1.0  # of all terms of the click head; 0 trains none
     c.LOSS.WORD_WEIGHT = 0.0  # of the loss that teaches single words; 0: phrases alone teach them
+    c.LOSS.OUTLINE_WEIGHT = 0.0  # beside it, of how objects are turned, where they are and where they end
     c.LOSS.MASK_SHARE = 0.5  # share of the prompts that learn masks in a step
 
     c.TRAIN.MAX_STEPS = 5000
@@ -131,6 +135,10 @@ def load(args: argparse.Namespace) -> CfgNode:
         raise ValueError(f"DATA.MIX wants shares from 0, at least one above it, got {dict(config.DATA.MIX)}")
     if not 0 < config.LOSS.FOCAL_ALPHA < 1:
         raise ValueError(f"LOSS.FOCAL_ALPHA lies between 0 and 1, got {config.LOSS.FOCAL_ALPHA}")
+    if config.LOSS.OUTLINE_WEIGHT and not config.LOSS.WORD_WEIGHT:
+        raise ValueError("LOSS.OUTLINE_WEIGHT goes with words; set LOSS.WORD_WEIGHT too")
+    if config.PHASE == "words" and not config.LOSS.WORD_WEIGHT:
+        raise ValueError("the phase words learns nothing with LOSS.WORD_WEIGHT 0")
     if not 0 < config.LOSS.MASK_SHARE <= 1:
         raise ValueError(f"LOSS.MASK_SHARE is a share above 0 and up to 1, got {config.LOSS.MASK_SHARE}")
     return config

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from distillation.supervised.batch import ClickRows, SceneBatch
+from distillation.supervised.outlines import OutlineLoss
 from distillation.supervised.set_loss import Assignment, SetLoss, Targets, mask_queries, mask_terms
 from sam3.engine.losses import mask_bce, mask_dice
 from sam3.engine.scene_names import PARTS, WORDS
@@ -33,8 +34,9 @@ class SupervisedSam3(nn.Module):
     scene is seen twice, and attention without dropout is several times as fast on a processor.
 
     set_loss: of the detector. click_weight: of all losses of the click head. mask_share: of the prompts that learn
-    masks in a step. word_weight: of the loss that teaches single words; only_words: of
-    all losses that one alone, behind the trunk and the neck.
+    masks in a step. word_weight: of the loss that teaches single words; outline_weight: of what goes with it, see
+    `outlines.OutlineLoss`, whose weights are the only ones that sam3.pt does not have; only_words: of all losses these
+    two alone, behind the trunk and the neck.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class SupervisedSam3(nn.Module):
         click_weight: float = 1.0,
         mask_share: float = 0.5,
         word_weight: float = 0.0,
+        outline_weight: float = 0.0,
         only_words: bool = False,
     ) -> None:
         super().__init__()
         self.detector, self.tracker = detector, tracker
         self.set_loss, self.click_weight, self.mask_share = set_loss, click_weight, mask_share
-        self.word_weight, self.only_words = word_weight, only_words
+        self.word_weight, self.outline_weight, self.only_words = word_weight, outline_weight, only_words
+        if outline_weight:
+            self.outlines = OutlineLoss(detector.transformer.decoder.query_embed.embedding_dim)
         switch_off_noise(self)
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
@@ -70,8 +75,8 @@ class SupervisedSam3(nn.Module):
         `shape_named`; with `only_words`, what `word_term` gives."""
         grid = self.embed(batch)
         if self.only_words:
-            words, named = self.word_term(self.name_map(grid), batch)
-            return {"total": words, **{f"{part}_named": share for part, share in named.items()}}
+            terms, named = self._word_terms(self.name_map(grid), batch)
+            return {"total": sum(terms.values()), **terms, **{f"{part}_named": share for part, share in named.items()}}
         targets = batch.targets
         out = self.predict_boxes(grid, batch)
         terms, matched = self.set_loss(out, targets)
@@ -79,8 +84,8 @@ class SupervisedSam3(nn.Module):
         weighted = self.set_loss.weigh(terms)
         shown: dict[str, Tensor] = {}
         if self.word_weight:
-            words, named = self.word_term(out["prev_encoder_out"]["backbone_out"]["backbone_fpn"][-1], batch)
-            weighted["words"], shown["shape_named"] = self.word_weight * words, named["shape"]
+            words, named = self._word_terms(out["prev_encoder_out"]["backbone_out"]["backbone_fpn"][-1], batch)
+            weighted, shown["shape_named"] = weighted | words, named["shape"]
         if self.click_weight and (len(batch.clicks) or len(batch.corners)):
             clicks = self._click_terms(grid, batch)
             shown["iou_of_clicks"] = clicks.pop("shown_iou")
@@ -127,6 +132,14 @@ class SupervisedSam3(nn.Module):
         """The neck's map in which words are told, (I, C, G, G), from the trunk's."""
         neck = self.detector.backbone.vision_backbone
         return neck.convs[len(neck.convs) - neck.scalp - 1](grid)
+
+    def _word_terms(self, seen: Tensor, batch: SceneBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted terms behind `name_map`, and what `word_term` says is named rightly."""
+        words, named = self.word_term(seen, batch)
+        terms = {"words": self.word_weight * words}
+        if self.outline_weight:
+            terms["outlines"] = self.outline_weight * self.outlines(seen, batch)
+        return terms, named
 
     def word_term(self, seen: Tensor, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """How well objects are told apart by single words, and the share of each of PARTS that is named rightly.

@@ -26,11 +26,12 @@ from sam3.model.tracker_config import TrackerConfig
 from sam3.model_builder import assemble_image_model
 from sam3.tracker_builder import assemble_tracker
 
+OUTSIDE = ("outlines.",)  # weights that are no part of a SAM3
 SCENES_PER_EPOCH = 1_000_000  # more than a run sees
 # Going on with another value of one of these would mean something else.
 RESUME_KEYS = (
     *("PHASE", "SEED", "MODEL.PRESET", "TRAIN.OPTIMIZER.NAME"),
-    *("DATA.IMG_SIZE", "DATA.PHOTOS", "DATA.PROMPTS", "DATA.CLICKS", "DATA.CLICK_EVERY"),
+    *("DATA.IMG_SIZE", "DATA.NUM_SCENES", "DATA.PHOTOS", "DATA.PROMPTS", "DATA.CLICKS", "DATA.CLICK_EVERY"),
     *(key for key in leaf_keys(supervised_config.defaults()) if key.startswith(("LOSS.", "DATA.MIX."))),
 )
 
@@ -60,8 +61,8 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
         sampler=sampler,
         make_loader=lambda: loader_from_config(config, train_dataset, sampler, world.device),
         make_validator=make_validator,
-        load_weights=lambda path: load_for_any_size(model, path),
-        start_from=(lambda: load_for_any_size(model, pretrained)) if pretrained else None,
+        load_weights=lambda path: load_for_any_size(model, path, OUTSIDE),
+        start_from=(lambda: load_for_any_size(model, pretrained, OUTSIDE)) if pretrained else None,
         meta={"phase": config.PHASE, "preset": config.MODEL.PRESET},
         resume_keys=RESUME_KEYS,
         lines={"scenes": f"made on the fly, {config.DATA.IMG_SIZE} px, {config.DATA.PROMPTS} prompts each"},
@@ -78,12 +79,16 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
 
 def build_model(config: CfgNode) -> SupervisedSam3:
     """With random weights, for pictures of DATA.IMG_SIZE."""
-    sizes = replace(Sam3Config.preset(config.MODEL.PRESET), img_size=config.DATA.IMG_SIZE)
+    usual = Sam3Config.preset(config.MODEL.PRESET)
+    sizes = replace(usual, img_size=config.DATA.IMG_SIZE)
     detector = assemble_image_model(sizes, with_sam2_neck=True)
+    for block in detector.backbone.vision_backbone.trunk.blocks:
+        if block.whole_image:  # what attention learns of distances in a part of a picture holds in a whole one
+            block.attn.rescale(usual.window_size / usual.grid)
     tracker = assemble_tracker(replace(TrackerConfig.preset(config.MODEL.PRESET), img_size=config.DATA.IMG_SIZE))
     loss = config.LOSS
     set_loss = SetLoss(supervised_config.set_weights(config), loss.COPIES, loss.FOCAL_ALPHA, loss.ABSENT_SCORE)
-    shares = (loss.CLICK_WEIGHT, loss.MASK_SHARE, loss.WORD_WEIGHT)
+    shares = (loss.CLICK_WEIGHT, loss.MASK_SHARE, loss.WORD_WEIGHT, loss.OUTLINE_WEIGHT)
     return SupervisedSam3(detector, tracker, set_loss, *shares, only_words=config.PHASE == "words")
 
 
@@ -102,4 +107,5 @@ def scenes(config: CfgNode, model: SupervisedSam3, split: str, count: int) -> Sc
         config.DATA.CLICK_EVERY,
         grounds_of(config.DATA.PHOTOS, split, sizes.img_size),
         dict(config.DATA.MIX),
+        config.DATA.NUM_SCENES if split == "train" else 0,
     )

@@ -98,4 +98,4 @@ def take_image_model(model: SupervisedTracker, path: str | Path) -> None:
             f"no image model {path}; train it with python scripts/train_tiny_sam3.py --phase image, or set "
             "MODEL.PRETRAINED (--pretrained)"
         )
-    load_for_any_size(model, path)
+    load_for_any_size(model, path, ("outlines.",))  # what taught the trunk is of no use to a tracker

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam3.engine.scene_drawing import Pose, draw_look, draw_object, fill
+from sam3.engine.scene_drawing import SYMMETRY, Pose, draw_look, draw_object, fill
 from sam3.engine.scene_grounds import draw_ground, list_grounds, read_grounds, split_grounds
-from sam3.engine.scene_names import PLAIN, Kind, kinds_of
+from sam3.engine.scene_names import PLAIN, SHAPES, Kind, kinds_of
 from sam3.engine.scenes import (
     MAX_OBJECTS,
     MIN_AREA,
@@ -23,6 +24,7 @@ from sam3.engine.scenes import (
     number_of_scene,
     paste,
     place,
+    turned,
 )
 
 SIZE = 96
@@ -176,3 +178,35 @@ def test_photos_are_dealt_and_read(tmp_path: Path) -> None:
 def test_wrong_arguments(seed: int, size: int, split: str) -> None:
     with pytest.raises(ValueError, match=r"wanted a seed from 0|split 'test' is unknown"):
         make_scene(seed, size, split)
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 3])
+def test_a_turned_scene_has_its_objects_turned(quarters: int):
+    """A shape drawn at the turned angle covers what the turned mask covers."""
+    scene = make_scene(5, 96, "train")
+    other = turned(scene, quarters)
+    assert other.image.shape == scene.image.shape and other.phrases == scene.phrases
+    assert (other.masks.sum((1, 2)) == scene.masks.sum((1, 2))).all()
+    generator = np.random.default_rng(0)
+    for kind, angle, after in zip(scene.objects, scene.angles, other.angles, strict=True):
+        drawn = [draw_object(draw_look(kind, generator), Pose(0.5, 0.5, 0.8, float(a)), 64) for a in (angle, after)]
+        masks = [np.zeros((64, 64), bool), np.zeros((64, 64), bool)]
+        for mask, sprite in zip(masks, drawn, strict=True):
+            mask[sprite.area] = sprite.mask
+        assert (np.rot90(masks[0], quarters) != masks[1]).mean() < 0.02, kind
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_symmetry_is_what_turns_a_shape_onto_itself(shape: str):
+    def covered(angle: float) -> np.ndarray:
+        look = draw_look(Kind(shape, "red", "plain"), np.random.default_rng(0))
+        mask = np.zeros((96, 96), bool)
+        sprite = draw_object(look, Pose(0.5, 0.5, 0.9, angle), 96)
+        mask[sprite.area] = sprite.mask
+        return mask
+
+    times = SYMMETRY[shape]
+    whole = covered(0.3).sum()
+    assert (covered(0.3) != covered(0.3 + 2 * math.pi / (times or 7))).sum() < 0.02 * whole
+    if times:
+        assert (covered(0.3) != covered(0.3 + math.pi / times)).sum() > 0.05 * whole

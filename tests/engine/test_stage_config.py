@@ -31,6 +31,7 @@ def changed(key: str, value) -> CfgNode:
         ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 3, "LR_SCHEDULER.NAME step"),
         ("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.5, "LR_SCHEDULER.NAME step"),
         ("TRAIN.OPTIMIZER.MOMENTUM", 0.5, "OPTIMIZER.NAME sgd"),
+        ("TRAIN.OPTIMIZER.MATRIX_LR", 2.0, "OPTIMIZER.NAME muon"),
     ],
 )
 def test_keys_whose_condition_does_not_hold_are_refused(key: str, value, when: str):
@@ -39,11 +40,13 @@ def test_keys_whose_condition_does_not_hold_are_refused(key: str, value, when: s
 
 
 @pytest.mark.parametrize(("key", "value"), [("TRAIN.OPTIMIZER.EPS", 1e-6), ("TRAIN.OPTIMIZER.BETAS", (0.5, 0.9))])
-def test_keys_of_adamw_act_with_adamw_only(key: str, value):
+def test_keys_of_adamw_act_with_it_and_with_muon_only(key: str, value):
     config = changed(key, value)
-    stage_config.refuse_idle_keys(config, defaults(), stage_config.CONDITIONS)
+    for name in ("adamw", "muon"):
+        config.TRAIN.OPTIMIZER.NAME = name
+        stage_config.refuse_idle_keys(config, defaults(), stage_config.CONDITIONS)
     config.TRAIN.OPTIMIZER.NAME = "sgd"
-    with pytest.raises(ValueError, match=r"acts only with OPTIMIZER\.NAME adamw"):
+    with pytest.raises(ValueError, match=r"acts only with OPTIMIZER\.NAME adamw or muon"):
         stage_config.refuse_idle_keys(config, defaults(), stage_config.CONDITIONS)
 
 

@@ -101,6 +101,7 @@ def shared_defaults() -> CfgNode:
     c.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | muon (AdamW but for hidden matrices) | sgd (Nesterov)
     c.TRAIN.OPTIMIZER.EPS = 1e-8  # adamw, muon
     c.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # adamw, muon
+    c.TRAIN.OPTIMIZER.MATRIX_LR = 1.0  # muon: learning rate of hidden matrices, times that of all else
     c.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
 
     c.AMP_ENABLE = True

@@ -22,7 +22,7 @@ class Muon(torch.optim.Optimizer):
 
     groups: as `optim.parameter_groups` makes them. Matrices of at least MIN_SIDE x MIN_SIDE in groups with weight decay
     are Muon's; groups without hold embeddings, biases and norms, for AdamW. lr, betas, eps: AdamW's. momentum: Muon's,
-    with Nesterov's look ahead.
+    with Nesterov's look ahead. matrix_lr: learning rate of Muon's part, times `lr`.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.95,
+        matrix_lr: float = 1.0,
     ) -> None:
         split = []
         for group in groups:
@@ -41,6 +42,7 @@ class Muon(torch.optim.Optimizer):
                     split.append({**group, "params": own, "matrices": matrices})
         self._adamw = torch.optim.AdamW(split, lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__(self._adamw.param_groups, {**self._adamw.defaults, "momentum": momentum, "matrices": False})
+        self.matrix_lr = matrix_lr
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -63,7 +65,7 @@ class Muon(torch.optim.Optimizer):
                 alike[parameter.shape, parameter.device].append(parameter)
         for parameters in alike.values():
             momenta = [self._momentum(parameter) for parameter in parameters]
-            gradients, rate = [parameter.grad for parameter in parameters], group["lr"]
+            gradients, rate = [parameter.grad for parameter in parameters], self.matrix_lr * group["lr"]
             if bad is not None:  # everything stays, and no device waits for the answer
                 gradients = [torch.where(bad > 0, old, new) for old, new in zip(momenta, gradients, strict=True)]
                 rate = rate * (1 - bad)

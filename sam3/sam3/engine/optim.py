@@ -62,11 +62,12 @@ def build_optimizer(
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.9,
+    matrix_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """`adamw`, `muon` (see `sam3.engine.muon`), or `sgd` with Nesterov momentum; adamw and sgd are fused, so that a step
-    with bad gradients can be skipped unseen."""
+    """`adamw`, `muon` (see `sam3.engine.muon`), or `sgd` with Nesterov momentum; all can skip a step with bad gradients
+    without a look at them."""
     if name == "muon":
-        return Muon(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
+        return Muon(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, matrix_lr=matrix_lr)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
     if name == "sgd":
@@ -185,4 +186,5 @@ def optimizer_from_config(config: Any, model: nn.Module, lr: float) -> torch.opt
         betas=train.OPTIMIZER.BETAS,
         eps=train.OPTIMIZER.EPS,
         momentum=train.OPTIMIZER.MOMENTUM,
+        matrix_lr=train.OPTIMIZER.MATRIX_LR,
     )

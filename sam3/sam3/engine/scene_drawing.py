@@ -256,6 +256,18 @@ SHAPES: dict[str, Distance] = {
     "flower": _flower,
     "drop": _drop,
 }
+# How many turns bring a shape back onto itself; 0: all.
+SYMMETRY = {
+    "circle": 0,
+    "ring": 0,
+    "oval": 2,
+    "triangle": 3,
+    "square": 4,
+    "cross": 4,
+    "star": 5,
+    "flower": 5,
+    **dict.fromkeys(("heart", "crescent", "arrow", "drop"), 1),
+}
 
 
 @cache

@@ -50,13 +50,15 @@ EXPOSURE = (0.82, 1.08)
 @dataclass(frozen=True)
 class Scene:
     """image: uint8 `(H, W, 3)`; masks: bool `(N, H, W)`, of each object what no other covers, later objects in front;
-    objects: what they are; phrases: those that are true of some objects, then about as many that are true of none.
+    objects: what they are; phrases: those that are true of some objects, then about as many that are true of none;
+    angles: how far each object is turned, radians, clockwise.
     """
 
     image: np.ndarray
     masks: np.ndarray
     objects: list[Kind]
     phrases: list[Phrase]
+    angles: np.ndarray
 
 
 def make_scene(
@@ -82,7 +84,15 @@ def make_scene(
         objects = [looks[i].kind for i in kept]
     phrases = make_phrases(objects, split, generator)
     masks = paste(ground, [sprites[i] for i in kept])
-    return Scene(finish(ground, Finish.draw(generator), generator), masks, objects, phrases)
+    angles = np.array([poses[i].angle for i in kept])
+    return Scene(finish(ground, Finish.draw(generator), generator), masks, objects, phrases, angles)
+
+
+def turned(scene: Scene, quarters: int) -> Scene:
+    """The scene after so many quarter turns, counter-clockwise."""
+    image = np.ascontiguousarray(np.rot90(scene.image, quarters))
+    masks = np.ascontiguousarray(np.rot90(scene.masks, quarters, axes=(1, 2)))
+    return replace(scene, image=image, masks=masks, angles=scene.angles - quarters * math.pi / 2)
 
 
 def number_of_scene(set_seed: int, place: int) -> int:

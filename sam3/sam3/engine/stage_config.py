@@ -33,6 +33,7 @@ CONDITIONS: Conditions = {
     "TRAIN.LR_SCHEDULER.DECAY_RATE": (_step, "with LR_SCHEDULER.NAME step"),
     "TRAIN.OPTIMIZER.EPS": (_adamw, "with OPTIMIZER.NAME adamw or muon"),
     "TRAIN.OPTIMIZER.BETAS": (_adamw, "with OPTIMIZER.NAME adamw or muon"),
+    "TRAIN.OPTIMIZER.MATRIX_LR": (lambda c: c.TRAIN.OPTIMIZER.NAME == "muon", "with OPTIMIZER.NAME muon"),
     "TRAIN.OPTIMIZER.MOMENTUM": (lambda c: c.TRAIN.OPTIMIZER.NAME == "sgd", "with OPTIMIZER.NAME sgd"),
 }
 # Smallest values of shared numbers that nothing else checks before data are read or a model is built.

@@ -349,14 +349,23 @@ def load_strict(
     log.info("loaded %d tensors into %s from %s", len(shared), type(module).__name__, source)
 
 
-def load_for_any_size(module: nn.Module, path: str | Path) -> None:
+def load_for_any_size(module: nn.Module, path: str | Path, optional: tuple[str, ...] = ()) -> None:
     """Load a file into the same model for pictures of another size: all but the rotary tables, which follow from it.
 
-    Raises what `load_weights` and `load_strict` raise.
+    optional: prefixes of keys that the file or the module may lack. Raises what `load_weights` and `load_strict` raise.
     """
-    found = {key: tensor for key, tensor in load_weights(path).tensors.items() if not key.endswith(ROTARY_TABLES)}
-    tables = {key: tensor for key, tensor in module.state_dict().items() if key.endswith(ROTARY_TABLES)}
-    load_strict(module, {**found, **tables}, source=path)
+    own = module.state_dict()
+    found = {
+        key: tensor
+        for key, tensor in load_weights(path).tensors.items()
+        if not key.endswith(ROTARY_TABLES) and (key in own or not key.startswith(optional))
+    }
+    kept = {
+        key: tensor
+        for key, tensor in own.items()
+        if key.endswith(ROTARY_TABLES) or (key.startswith(optional) and key not in found)
+    }
+    load_strict(module, {**found, **kept}, source=path)
 
 
 def _split(keys: Iterable[str], allowed: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -191,6 +191,11 @@ class RotaryAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v.contiguous(), attn_mask=mask)
         return self.proj(mixed.transpose(1, 2).flatten(2))  # (B, h, L, d) -> (B, L, C)
 
+    def rescale(self, rotary_scale: float) -> None:
+        """Another scale of the positions; the table follows."""
+        self.rotary_scale = rotary_scale
+        self.register_buffer("freqs_cis", self._table().to(self.qkv.weight.device))
+
     def _table(self) -> Tensor:
         return rotary_table(self.side, self.qkv.in_features // self.heads, self.rotary_scale)
 

@@ -24,7 +24,7 @@ def hand_made(
     for mask, (_, (left, top, right, bottom)) in zip(masks, objects, strict=True):
         mask[top:bottom, left:right] = True
     found = [Phrase(text, tuple(matches)) for text, matches in (phrases or {}).items()]
-    return Scene(image, masks, [kind for kind, _ in objects], found)
+    return Scene(image, masks, [kind for kind, _ in objects], found, np.zeros(len(objects)))
 
 
 def squares() -> Scene:

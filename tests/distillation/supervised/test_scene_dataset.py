@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillation.supervised.batch import SceneBatch, coverage, pad_rows
+from distillation.supervised.batch import NOTHING, SceneBatch, coverage, pad_rows
 from distillation.supervised.dataset import SceneDataset, words_of
+from distillation.supervised.outlines import turns_of
 from sam3.engine.loader import build_loader
 from sam3.engine.sampler import EpochSampler
 from sam3.engine.scene_names import COLOURS, SHAPES, TEXTURES
@@ -213,3 +214,31 @@ def test_a_smaller_model_sees_larger_objects():
 def test_objects_are_not_made_smaller():
     with pytest.raises(ValueError, match=r"1 to 2 times as large as usual, got a zoom of 0.8"):
         dataset(view=80).load([0], 0)
+
+
+# A few scenes, seen again and again --------------------------------------------------------------------------------
+
+
+def test_a_limited_number_of_scenes_comes_back_turned():
+    data = dataset(count=64, different=3, seed=2, prompts=1)
+    batch = data.load(list(range(24)), 0)
+    assert set(data._kept) == {0, 1, 2}
+    for first in range(3):
+        original = torch.from_numpy(make_scene(number_of_scene(2, first), SIDE, "train").image).permute(2, 0, 1)
+        turns = [torch.rot90(original, times, (1, 2)) for times in range(4)]
+        seen = [[torch.equal(image, turn) for turn in turns].index(True) for image in batch.images[first::3]]
+        assert len(set(seen)) > 1
+    assert_same(batch, dataset(count=64, different=3, seed=2, prompts=1).load(list(range(24)), 0))
+
+
+def test_instances_are_the_masks_in_one_map():
+    data = dataset(seed=5)
+    batch = data.load([0, 1], 0)
+    for image in range(2):
+        scene = make_scene(number_of_scene(5, image), SIDE, "train")
+        shown = batch.instances[image].numpy()
+        assert ((shown == NOTHING) == ~scene.masks.any(0)).all()
+        for number, mask in enumerate(scene.masks):
+            assert ((shown == number) == mask).all()
+        assert batch.turns[image, : len(scene.masks)].tolist() == turns_of(scene).tolist()
+        assert (batch.turns[image, len(scene.masks) :] == -1).all()

@@ -136,14 +136,15 @@ def test_an_object_is_named_by_the_word_it_looks_like(model: SupervisedSam3):
 
 
 def test_words_alone_train_what_tells_them_apart():
-    model = build(only_words=True)
+    model = build(only_words=True, word_weight=1.0, outline_weight=1.0)
     batch = scenes(model, [0, 1], prompts=1, clicks=0)
     losses = model(batch)
-    assert set(losses) == {"total", "shape_named", "colour_named", "texture_named"}
+    assert set(losses) == {"total", "words", "outlines", "shape_named", "colour_named", "texture_named"}
     losses["total"].backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     neck = "detector.backbone.vision_backbone."
-    assert all(name.startswith((f"{neck}trunk.", f"{neck}convs.2.", "detector.backbone.language_")) for name in reached)
+    parts = (f"{neck}trunk.", f"{neck}convs.2.", "detector.backbone.language_", "outlines.")
+    assert all(name.startswith(parts) for name in reached)
     assert any(name.startswith(f"{neck}trunk.patch_embed") for name in reached)
 
 
