@@ -15,9 +15,9 @@ from distillation.supervised.model import SupervisedSam3
 from distillation.supervised.set_loss import SetLoss
 from sam3.engine.config import leaf_keys
 from sam3.engine.distributed import World
+from sam3.engine.from_scratch import OUTSIDE, RUN
 from sam3.engine.loader import loader_from_config, once_sampler, train_sampler
 from sam3.engine.log import MetricLog
-from sam3.engine.recipe import by_steps
 from sam3.engine.scene_grounds import grounds_of
 from sam3.engine.training_run import TrainingRun
 from sam3.engine.weights import load_for_any_size
@@ -26,7 +26,6 @@ from sam3.model.tracker_config import TrackerConfig
 from sam3.model_builder import assemble_image_model
 from sam3.tracker_builder import assemble_tracker
 
-OUTSIDE = ("outlines.",)  # weights that are no part of a SAM3
 SCENES_PER_EPOCH = 1_000_000  # more than a run sees
 # Going on with another value of one of these would mean something else.
 RESUME_KEYS = (
@@ -66,14 +65,9 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
         meta={"phase": config.PHASE, "preset": config.MODEL.PRESET},
         resume_keys=RESUME_KEYS,
         lines={"scenes": f"made on the fly, {config.DATA.IMG_SIZE} px, {config.DATA.PROMPTS} prompts each"},
-        project="EfficientSAM3-Tiny",
-        best_metric="val/target",
-        best_mode="max",
-        config_name="config.yaml",
-        make_recipe=by_steps,
         unit="scenes",
         data="generated scenes",
-        tensorboard_folder="tensorboard",
+        **RUN,
     )
 
 

@@ -11,9 +11,9 @@ from yacs.config import CfgNode
 
 from sam3.engine.config import leaf_keys
 from sam3.engine.distributed import World
+from sam3.engine.from_scratch import OUTSIDE, RUN
 from sam3.engine.loader import loader_from_config, once_sampler, train_sampler
 from sam3.engine.log import MetricLog
-from sam3.engine.recipe import by_steps
 from sam3.engine.scene_grounds import grounds_of
 from sam3.engine.training_run import TrainingRun
 from sam3.engine.weights import load_for_any_size
@@ -73,14 +73,9 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
         meta={"phase": config.PHASE, "preset": config.MODEL.PRESET},
         resume_keys=RESUME_KEYS,
         lines={"clips": f"made on the fly, of {counts} frames of {preprocess.img_size} px"},
-        project="EfficientSAM3-Tiny",
-        best_metric="val/target",
-        best_mode="max",
-        config_name="config.yaml",
-        make_recipe=by_steps,
         unit="clips",
         data="generated clips",
-        tensorboard_folder="tensorboard",
+        **RUN,
     )
 
 
@@ -98,4 +93,4 @@ def take_image_model(model: SupervisedTracker, path: str | Path) -> None:
             f"no image model {path}; train it with python scripts/train_tiny_sam3.py --phase image, or set "
             "MODEL.PRETRAINED (--pretrained)"
         )
-    load_for_any_size(model, path, ("outlines.",))  # what taught the trunk is of no use to a tracker
+    load_for_any_size(model, path, OUTSIDE)

@@ -50,7 +50,7 @@ def test_weights_come_from_the_config(tmp_path: Path):
     [
         ("DATA.SCENES", 1, "DATA.SCENES"),
         ("LOSS.focal", 1, "LOSS.focal"),
-        ("DATA.RESIZE", "pad", "the pictures are made as the model takes them"),
+        ("DATA.RESIZE", "pad", "pictures are made as the model takes them"),
         ("MODEL.BACKBONE", "repvit_m1_1", "the model is SAM3 itself"),
         ("TRAIN.COMPILE", True, "shapes differ from batch to batch"),
         ("PHASE", "dream", "PHASE"),
