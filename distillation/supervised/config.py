@@ -10,8 +10,9 @@ from yacs.config import CfgNode
 from distillation.supervised.scene_prompts import TRAINING_MIX
 from distillation.supervised.set_loss import SetWeights
 from sam3.engine import from_scratch, stage_config
+from sam3.model.config import PRESETS
 
-PHASES = ("words", "closeup", "image")
+CHOICES = {"PHASE": ("words", "closeup", "image"), "MODEL.PRESET": tuple(PRESETS)}
 MINIMA = {
     "DATA.IMG_SIZE": 1,
     "DATA.PROMPTS": 1,
@@ -65,7 +66,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def load(args: argparse.Namespace) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
-    config = from_scratch.load(args, defaults(), PHASES, from_scratch.RETIRED, MINIMA)
+    config = from_scratch.load(args, defaults(), CHOICES, from_scratch.RETIRED, MINIMA)
     set_weights(config)
     if min(config.DATA.MIX.values()) < 0 or not any(config.DATA.MIX.values()):
         raise ValueError(f"DATA.MIX wants shares from 0, at least one above it, got {dict(config.DATA.MIX)}")

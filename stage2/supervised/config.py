@@ -8,11 +8,12 @@ from dataclasses import asdict
 from yacs.config import CfgNode
 
 from sam3.engine import from_scratch, stage_config
+from sam3.model.config import PRESETS
 from stage2.data.prompts import PromptSampling
 from stage2.supervised.dataset import ClipDraws
 from stage2.supervised.model import TrackWeights
 
-PHASES = ("tracker",)
+CHOICES = {"PHASE": ("tracker",), "MODEL.PRESET": tuple(PRESETS)}
 RETIRED = {
     **from_scratch.RETIRED,
     "DATA.IMG_SIZE": "it follows from MODEL.PRESET",
@@ -64,7 +65,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def load(args: argparse.Namespace) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
-    config = from_scratch.load(args, defaults(), PHASES, RETIRED, MINIMA)
+    config = from_scratch.load(args, defaults(), CHOICES, RETIRED, MINIMA)
     frames = config.DATA.NUM_FRAMES
     if not (frames and all(type(count) is int and count >= 2 for count in frames)):
         raise ValueError(f"DATA.NUM_FRAMES lists frames of a clip, each at least 2, got {frames}")

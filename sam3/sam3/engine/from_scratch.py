@@ -12,7 +12,6 @@ from yacs.config import CfgNode
 from sam3.engine import config as engine_config
 from sam3.engine import recipe, stage_config
 from sam3.engine.recipe import by_steps
-from sam3.model.config import PRESETS
 
 FLAGS: dict[str, engine_config.FlagAction] = {
     "--phase": "PHASE",
@@ -83,12 +82,12 @@ def defaults(phase: str, retired: Mapping[str, str]) -> CfgNode:
 def load(
     args: argparse.Namespace,
     own: CfgNode,
-    phases: tuple[str, ...],
+    choices: Mapping[str, tuple[str, ...]],
     retired: Mapping[str, str],
     minima: Mapping[str, float],
 ) -> CfgNode:
-    """Parsed arguments -> frozen config; own: the defaults; minima: of the phase's own keys. Raises ValueError for what
-    cannot work."""
+    """Parsed arguments -> frozen config; own: the defaults; choices, minima: of the phase's own keys. Raises ValueError
+    for what cannot work."""
     stage_config.check_local_rank(args)
     config = engine_config.load_config(
         own,
@@ -96,7 +95,7 @@ def load(
         opts=args.opts,
         flag_values=engine_config.flag_values_from(args, FLAGS),
         retired=retired,
-        choices={**recipe.STEP_CHOICES, "PHASE": phases, "MODEL.PRESET": tuple(PRESETS)},
+        choices={**recipe.STEP_CHOICES, **choices},
     )
     steps = {key: least for key, least in recipe.STEP_MINIMA.items() if _kept(key, retired)}
     stage_config.check_minima(config, {**steps, **minima})
