@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from distillation.supervised.batch import ClickRows, SceneBatch
-from distillation.supervised.outlines import OutlineLoss
+from distillation.supervised.outlines import OutlineLoss, rivals
 from distillation.supervised.set_loss import Assignment, SetLoss, Targets, mask_queries, mask_terms
 from sam3.engine.losses import mask_bce, mask_dice
 from sam3.engine.scene_names import PARTS, WORDS
@@ -145,9 +145,9 @@ class SupervisedSam3(nn.Module):
         """How well objects are told apart by single words, and the share of each of PARTS that is named rightly.
 
         What the neck's map `seen` (I, C, G, G) shows of an object, a mean over its mask, is compared with the text
-        encoder's mean for each word: cross-entropy of cosines over TEMPERATURE, over all shapes, over all colours and
-        over all textures (as in Radford et al. 2021, CLIP). A phrase asks for a whole object at once, and teaches its
-        words far more slowly.
+        encoder's mean for each word: cross-entropy of cosines over TEMPERATURE, over shapes, over colours and over
+        textures (as in Radford et al. 2021, CLIP), of each those that `rivals` gives. A phrase asks for a whole object
+        at once, and teaches its words far more slowly.
         """
         shares = F.adaptive_avg_pool2d(batch.masks.float(), seen.shape[-1]).flatten(2)  # (I, N, G G)
         there = batch.words[..., 0] >= 0
@@ -156,10 +156,11 @@ class SupervisedSam3(nn.Module):
         kept = (~text["language_mask"]).T[..., None].float()  # (L, words, 1)
         words = F.normalize((text["language_features"] * kept).sum(0), dim=-1)  # (words, C)
         logits = (objects @ words.T / TEMPERATURE).split([len(WORDS[part]) for part in PARTS], dim=1)
-        total, named = seen.new_zeros(()), {}
-        for part, own, wanted in zip(PARTS, logits, batch.words[there].unbind(1), strict=True):
+        total, named, asked = seen.new_zeros(()), {}, batch.words[there]
+        for (part, allowed), own, wanted in zip(rivals(asked).items(), logits, asked.unbind(1), strict=True):
             count = (wanted >= 0).sum().clamp(min=1)
-            total = total + F.cross_entropy(own, wanted, ignore_index=-1, reduction="sum") / count
+            against = own.masked_fill(~allowed, -torch.inf)
+            total = total + F.cross_entropy(against, wanted, ignore_index=-1, reduction="sum") / count
             named[part] = (own.detach().argmax(1) == wanted).sum() / count
         return total, named
 

@@ -8,6 +8,7 @@ Letters: `I` images, `N` objects of an image, `T = G G` tokens of an image, `C` 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from distillation.supervised.batch import SceneBatch
 from sam3.engine.scene_drawing import SYMMETRY
-from sam3.engine.scene_names import SHAPES
+from sam3.engine.scene_names import SHAPES, combinations
 from sam3.engine.scenes import Scene
 
 # Into how many classes the turns of a shape are cut: eight of a whole turn, at least two of any that can be seen.
 CUTS = tuple({0: 1, 1: 8, 2: 4, 3: 3}.get(SYMMETRY[shape], 2) for shape in SHAPES)
+SHAPE_OF = tuple(place for place, cuts in enumerate(CUTS) for _ in range(cuts))  # of each class
 FIRST = tuple(sum(CUTS[:place]) for place in range(len(SHAPES)))
 NUM_TURNS = sum(CUTS)
 CELLS = 7  # per side of a token, in which its object is told from others
@@ -41,8 +43,9 @@ class OutlineLoss(nn.Module):
     def forward(self, seen: Tensor, batch: SceneBatch) -> Tensor:
         """seen: `(I, C, G, G)` -> the weighted sum of
 
-        turn: cross-entropy over shapes and their turns, from the mean over each object. place: |error| of the way from
-        a token to the middle of its object, in REACH tokens, and of the logarithm of the object's size in tokens.
+        turn: cross-entropy over the turns of all shapes that `rivals` gives, from the mean over each object. place:
+        |error| of the way from a token to the middle of its object, in REACH tokens, and of the logarithm of the
+        object's size in tokens.
         outline: BCE of which of CELLS x CELLS parts of a token show its object.
         """
         side, tokens = seen.shape[-1], seen.flatten(2).mT  # (I, T, C)
@@ -52,7 +55,10 @@ class OutlineLoss(nn.Module):
         objects = (shares @ tokens / areas[..., None])[there]
         most, owner = shares.max(1)  # (I, T)
         terms = {
-            "turn": F.cross_entropy(self.turn(objects), batch.turns[there]),
+            "turn": F.cross_entropy(
+                self.turn(objects).masked_fill(~rivals(batch.words[there])["shape"][:, SHAPE_OF], -torch.inf),
+                batch.turns[there],
+            ),
             "place": _mean((self.place(tokens) - places(shares, areas, owner)).abs(), most > ON),
             "outline": _mean(
                 F.binary_cross_entropy_with_logits(
@@ -62,6 +68,30 @@ class OutlineLoss(nn.Module):
             ),
         }
         return sum(WEIGHTS[name] * term for name, term in terms.items())
+
+
+def rivals(words: Tensor) -> dict[str, Tensor]:
+    """Of each of PARTS the words that training shows with the other two of an object, and its own: bool `(n, words)`.
+
+    Only these compete with the right word in training. Were all to compete, it would pay to learn that no red thing
+    is a square where red squares are kept for val, and the model would deny them there.
+
+    words: long `(n, 3)`, as in SceneBatch.
+    """
+    shown = _shown(words.device)  # (shapes, colours, textures)
+    shape, colour, texture = words.unbind(1)
+    found = {
+        "shape": shown[:, colour, texture + 1].T,
+        "colour": shown[shape, :, texture + 1],
+        "texture": shown[shape, colour, 1:],
+    }
+    own = words.clamp(min=0)
+    return {part: allowed.scatter(1, own[:, place, None], True) for place, (part, allowed) in enumerate(found.items())}
+
+
+@cache
+def _shown(device: torch.device) -> Tensor:
+    return torch.from_numpy(combinations("train")).to(device)
 
 
 def places(shares: Tensor, areas: Tensor, owner: Tensor) -> Tensor:

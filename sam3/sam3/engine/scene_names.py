@@ -111,6 +111,15 @@ def kinds_of(split: str) -> tuple[Kind, ...]:
 
 
 @cache
+def combinations(split: str) -> np.ndarray:
+    """bool (shapes, colours, textures), which kinds `split` shows; plain is the first texture."""
+    shown = np.zeros((len(SHAPES), len(COLOURS), len(TEXTURES)), bool)
+    for kind in kinds_of(split):
+        shown[SHAPES.index(kind.shape), COLOURS.index(kind.colour), TEXTURES.index(kind.texture)] = True
+    return shown
+
+
+@cache
 def related(split: str, part: str, word: str) -> tuple[Kind, ...]:
     """The kinds of `split` whose `part` (shape, colour or texture) is `word`."""
     return tuple(kind for kind in kinds_of(split) if getattr(kind, part) == word)

@@ -11,19 +11,23 @@ import pytest
 import torch
 
 from distillation.supervised.batch import NOTHING
+from distillation.supervised.dataset import words_of
 from distillation.supervised.outlines import (
     CELLS,
     CUTS,
     FIRST,
     NUM_TURNS,
     REACH,
+    SHAPE_OF,
     OutlineLoss,
     parts_shown,
     places,
+    rivals,
     turns_of,
 )
+from sam3.engine.image_list import SPLITS
 from sam3.engine.scene_drawing import SYMMETRY
-from sam3.engine.scene_names import SHAPES
+from sam3.engine.scene_names import PARTS, PLAIN, SHAPES, WORDS, Kind, kinds_of
 from tests.distillation.supervised.scenes import GREEN_STAR, RED_SQUARE, squares
 
 
@@ -81,9 +85,8 @@ def test_heads_learn_what_the_map_shows():
     masks[0, 0, :8, :8], masks[0, 1, 8:, 8:] = 255, 255
     instances = torch.full((1, 28, 28), NOTHING, dtype=torch.uint8)
     instances[0, :14, :14], instances[0, 14:, 14:] = 0, 1
-    batch = SimpleNamespace(
-        masks=masks, instances=instances, words=torch.zeros(1, 2, 3).long(), turns=torch.tensor([[3, 7]])
-    )
+    words = torch.tensor([[[SHAPE_OF[3], 0, -1], [SHAPE_OF[7], 0, -1]]])
+    batch = SimpleNamespace(masks=masks, instances=instances, words=words, turns=torch.tensor([[3, 7]]))
     loss, seen = OutlineLoss(16), torch.randn(1, 16, 4, 4)
     optimizer = torch.optim.Adam(loss.parameters(), 0.05)
     values = []
@@ -93,6 +96,20 @@ def test_heads_learn_what_the_map_shows():
         values[-1].backward()
         optimizer.step()
     assert values[-1].item() < 0.1 * values[0].item()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_only_what_training_shows_competes(split: str):
+    """And always an object's own words, which in val are never shown together."""
+    kinds = kinds_of(split)
+    words = torch.from_numpy(words_of(kinds))
+    found = rivals(words)
+    for row, kind in enumerate(kinds):
+        own = {"shape": kind.shape, "colour": kind.colour, "texture": kind.texture}
+        for part in PARTS:
+            for place, word in enumerate(WORDS[part]):
+                shown = Kind(**{**own, part: word}) in kinds_of("train")
+                assert found[part][row, place] == (shown or word == own[part] or (own[part] == PLAIN and place == 0))
 
 
 def test_no_object_at_all_is_no_error():
