@@ -44,8 +44,9 @@ class SceneBatch:
     -1 for a plain texture and in the padding; turns: long `(I, N)`, see `outlines.turns_of`, -1 in the padding;
     instances: uint8 `(I, S, S)`, the object that each pixel shows, or NOTHING. full_masks: bool `(I, N, S, S)`, for
     evaluation, else None.
-    image: long `(B,)`; kinds, phrases: B strings; wanted: bool `(B, N)`. exemplars: `(B, Nb, 4)` xyxy in 0..1 with
-    exemplar_labels and exemplar_mask `(B, Nb)`, True = padding; points `(B, Np, 2)` in 0..1 with the like.
+    image: long `(B,)`; kinds, phrases: B strings; wanted, doubtful: bool `(B, N)`, see `Targets`. exemplars:
+    `(B, Nb, 4)` xyxy in 0..1 with exemplar_labels and exemplar_mask `(B, Nb)`, True = padding; points `(B, Np, 2)` in
+    0..1 with the like.
     shown: long `(B,)`, the object that a pair's first exemplar lies on, -1 without one.
     clicks: one click; corners: the two corners of a box, both for the click head.
     """
@@ -58,6 +59,7 @@ class SceneBatch:
     kinds: list[str]
     phrases: list[str]
     wanted: Tensor
+    doubtful: Tensor
     exemplars: Tensor
     exemplar_labels: Tensor
     exemplar_mask: Tensor
@@ -83,7 +85,8 @@ class SceneBatch:
     @property
     def targets(self) -> Targets:
         """Of the B pairs."""
-        return Targets(self.wanted, self.boxes[self.image], self.masks[self.image].float() / 255)
+        masks = self.masks[self.image].float() / 255
+        return Targets(self.wanted, self.boxes[self.image], masks, self.doubtful)
 
     def prompt(self) -> Prompt:
         """Boxes and points of the B pairs; `Prompt.empty` where there are none of either."""

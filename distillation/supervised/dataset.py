@@ -169,8 +169,10 @@ class SceneDataset:
                 full[i, : len(scene.masks)] = torch.from_numpy(scene.masks)
         prompts = [prompt for scene in scenes for prompt in scene.prompts]
         wanted = np.zeros((len(prompts), most), bool)
+        doubtful = wanted.copy()
         for row, prompt in enumerate(prompts):
             wanted[row, : len(prompt.wanted)] = prompt.wanted
+            doubtful[row, : len(prompt.doubtful)] = prompt.doubtful
         exemplars = [[box / size for box in row] for scene in scenes for row in scene.exemplars]
         points = [[point / size for point in row] for scene in scenes for row in scene.points]
         shown = [(prompt.boxes or prompt.points or [(-1, 0)])[0][0] for prompt in prompts]
@@ -181,6 +183,7 @@ class SceneDataset:
             [prompt.kind for prompt in prompts],
             [prompt.text for prompt in prompts],
             torch.from_numpy(wanted),
+            torch.from_numpy(doubtful),
             *pad_rows(exemplars, [[label for _, label in prompt.boxes] for prompt in prompts], 4),
             *pad_rows(points, [[label for _, label in prompt.points] for prompt in prompts], 2),
             torch.tensor(shown),

@@ -6,12 +6,13 @@ Boxes are xyxy in pixels, as objects' boxes; N objects of a scene.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
+from sam3.engine.scene_names import Kind, Name, is_shown, name_of
 from sam3.model.sam3_image_processor import VISUAL_PROMPT
 
 # How often a training prompt is of each kind, if nothing else is said; kinds without room give way to `box`.
@@ -29,11 +30,13 @@ BOX_NOISE = 0.05  # standard deviation of an exemplar's corners, of its sides
 
 @dataclass
 class ScenePrompt:
-    """kind: a key of TRAINING_MIX. wanted: N bool. boxes, points: objects that exemplars lie on, with their labels."""
+    """kind: a key of TRAINING_MIX. wanted, doubtful: N bool, see `Targets`. boxes, points: objects that exemplars lie
+    on, with their labels."""
 
     kind: str
     text: str
     wanted: np.ndarray
+    doubtful: np.ndarray
     boxes: list[tuple[int, int]] = field(default_factory=list)  # (object, label)
     points: list[tuple[int, int]] = field(default_factory=list)
 
@@ -54,7 +57,7 @@ def make_prompt(kind: str, scene: Any, rng: np.random.Generator) -> ScenePrompt 
     if kind in ("box", "point", "box_not"):
         shown = int(rng.integers(len(scene.objects)))
         wanted = same_kind(scene.objects, shown)
-        prompt = ScenePrompt(kind, VISUAL_PROMPT, wanted)
+        prompt = ScenePrompt(kind, VISUAL_PROMPT, wanted, np.zeros_like(wanted))
         (prompt.points if kind == "point" else prompt.boxes).append((shown, 1))
         if kind == "box_not":
             others = np.flatnonzero(~wanted)
@@ -68,7 +71,7 @@ def make_prompt(kind: str, scene: Any, rng: np.random.Generator) -> ScenePrompt 
     phrase = phrases[int(rng.integers(len(phrases)))]
     wanted = np.zeros(len(scene.objects), bool)
     wanted[list(phrase.matches)] = True
-    prompt = ScenePrompt(kind, phrase.text, wanted)
+    prompt = ScenePrompt(kind, phrase.text, wanted, doubtful(name_of(phrase.text), scene.objects))
     if kind == "text_box":
         prompt.boxes.append((int(rng.choice(phrase.matches)), 1))
     elif kind == "text_not":
@@ -78,6 +81,20 @@ def make_prompt(kind: str, scene: Any, rng: np.random.Generator) -> ScenePrompt 
         if not prompt.wanted.any():
             return None
     return prompt
+
+
+def doubtful(name: Name, objects: Sequence[Kind]) -> np.ndarray:
+    """N bool: objects that differ from `name` in their shape alone, and in whose paint training never shows that shape.
+
+    Such as a red circle, asked for "square" where red squares are kept for val: to learn from it that it is no square
+    would be to learn that no red thing is one.
+    """
+
+    def unseen(kind: Kind) -> bool:
+        other = replace(kind, shape=name.shape)
+        return kind.shape != name.shape and name.fits(other) and not is_shown(other, "train")
+
+    return np.array([unseen(kind) for kind in objects], bool)
 
 
 def same_kind(objects: Sequence[Any], index: int) -> np.ndarray:

@@ -22,25 +22,33 @@ from distillation.losses import paired_giou
 from sam3.engine.losses import mask_bce, mask_dice
 
 FOCAL_GAMMA = 2.0
+HALF = 0.5  # IoU from which a box lies on an object
 
 
 @dataclass(frozen=True)
 class Targets:
     """What B pairs ask for. wanted: bool `(B, N)`, the objects of the pair's image that match its prompt; boxes:
-    `(B, N, 4)` xyxy in 0..1; masks: float `(B, N, M, M)`, the covered share of each cell."""
+    `(B, N, 4)` xyxy in 0..1; masks: float `(B, N, M, M)`, the covered share of each cell; doubtful: bool `(B, N)`,
+    objects of which it is not to be learnt that they do not match (`scene_prompts.doubtful`)."""
 
     wanted: Tensor
     boxes: Tensor
     masks: Tensor
+    doubtful: Tensor
 
     def take(self, rows: Tensor) -> Targets:
         """Those of some pairs."""
-        return Targets(self.wanted[rows], self.boxes[rows], self.masks[rows])
+        return Targets(self.wanted[rows], self.boxes[rows], self.masks[rows], self.doubtful[rows])
 
     @property
     def present(self) -> Tensor:
         """`(B,)` bool: does the picture show what the prompt asks for."""
         return self.wanted.any(1)
+
+    @property
+    def certain(self) -> Tensor:
+        """`(B,)` bool: is it to be learnt whether it does."""
+        return self.present | ~self.doubtful.any(1)
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,11 @@ class SetLoss:
     Of each decoder layer, of the one-to-one queries (each object matched once) and of the one-to-many ones (each
     `copies` times, Jia et al. 2023, H-DETR):
 
-    score     focal loss of all queries, over the number of objects; of absent things too, `absent_score` as much
+    score     focal loss of all queries but those on doubtful objects, over the number of objects; of absent things
+              too, `absent_score` as much
     box_l1    mean over matched pairs of the sum over cx, cy, w, h of |box - object|
     box_giou  mean over matched pairs of 1 - GIoU
-    presence  mean over pairs of BCE of the presence logit (one-to-one only)
+    presence  mean over certain pairs of BCE of the presence logit (one-to-one only)
 
     focal_alpha: weight of hits in the focal loss, misses have the rest; one half is even. absent_score: 0 leaves it to
     the presence token alone whether a thing is in the picture, as SAM3 does: a score is the product of the two. More
@@ -119,8 +128,9 @@ class SetLoss:
         """
         layers = [*out.get("aux_outputs", ()), out]
         presence = torch.stack([layer["presence_logit_dec"] for layer in layers])[..., 0].float()  # (L, B)
-        present = targets.present.float().expand_as(presence)
-        terms = {"presence": F.binary_cross_entropy_with_logits(presence, present)}
+        present, certain = (side.float().expand_as(presence) for side in (targets.present, targets.certain))
+        wrong = F.binary_cross_entropy_with_logits(presence, present, certain, reduction="sum")
+        terms = {"presence": wrong / certain.sum().clamp(min=1)}
         one, matched = self._half(layers, targets, "", 1)
         terms |= one
         if "pred_logits_o2m" in out:
@@ -154,6 +164,7 @@ class SetLoss:
         count = max(1, len(matched))
         focal = sigmoid_focal_loss(logits, hits, self.focal_alpha, FOCAL_GAMMA, reduction="none")
         asked = torch.where(wanted.any(1, keepdim=True), 1.0, self.absent_score)
+        asked = torch.where((hits == 0) & covers(boxes, wanted_boxes, targets.doubtful.repeat(depth, 1)), 0.0, asked)
         terms = {
             "score": (focal * asked).sum() / count,
             "box_l1": (_centred(found) - _centred(true)).abs().sum() / count,
@@ -173,6 +184,18 @@ class SetLoss:
         giou = paired_giou(ours.reshape(-1, 4), theirs.reshape(-1, 4)).view(apart.shape)
         weights = self.weights
         return weights.score * (hit - miss)[..., None] + weights.box_l1 * apart - weights.box_giou * giou
+
+
+@torch.no_grad()
+def covers(boxes: Tensor, objects: Tensor, which: Tensor) -> Tensor:
+    """`(R, Q)` bool, whether a box `(R, Q, 4)` overlaps by half with one of `which` `(R, N)` of the objects
+    `(R, N, 4)`."""
+    low = torch.maximum(boxes[:, :, None, :2], objects[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], objects[:, None, :, 2:])
+    both = (high - low).clamp(min=0).prod(-1)  # (R, Q, N)
+    ours, theirs = ((side[..., 2:] - side[..., :2]).clamp(min=0).prod(-1) for side in (boxes, objects))
+    overlap = both / (ours[:, :, None] + theirs[:, None] - both).clamp(min=1e-9)
+    return ((overlap >= HALF) & which[:, None]).any(-1)
 
 
 def assign(costs: Tensor, wanted: Tensor, copies: int = 1) -> Assignment:
@@ -203,15 +226,21 @@ def mask_queries(matched: Assignment, num_pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def mask_terms(masks: Mapping[str, Tensor], place: Tensor, matched: Assignment, targets: Targets) -> dict[str, Tensor]:
-    """BCE and Dice of the matched masks, means over matches, and of the semantic mask, means over pairs.
+    """BCE and Dice of the matched masks, means over matches, and of the semantic mask, means over pairs, where no
+    doubtful object is.
 
     masks: `pred_masks` `(B, K, M, M)` of the queries of `mask_queries`, and `semantic_seg` `(B, 1, M, M)`.
     """
     found, true = masks["pred_masks"][matched.rows, place], targets.masks[matched.rows, matched.objects]
-    union = (targets.masks * targets.wanted[..., None, None]).sum(1, keepdim=True).clamp(max=1)
+    union, doubtful = (
+        (targets.masks * which[..., None, None]).sum(1, keepdim=True).clamp(max=1)
+        for which in (targets.wanted, targets.doubtful)
+    )
     terms = {}
-    for name, logits, wanted in (("mask", found[:, None], true[:, None]), ("semantic", masks["semantic_seg"], union)):
-        valid = torch.ones_like(wanted)
+    for name, logits, wanted, valid in (
+        ("mask", found[:, None], true[:, None], torch.ones_like(true[:, None])),
+        ("semantic", masks["semantic_seg"], union, 1 - doubtful),
+    ):
         count = max(1, len(logits))
         terms[f"{name}_bce"] = mask_bce(logits, wanted, valid).sum() / count
         terms[f"{name}_dice"] = mask_dice(logits, wanted, valid).sum() / count

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sam3.engine.image_list import SPLITS
 from sam3.engine.scene_names import (
     COLOURS,
     PLAIN,
@@ -12,10 +13,13 @@ from sam3.engine.scene_names import (
     Kind,
     Name,
     allowed,
+    combinations,
     is_allowed,
+    is_shown,
     kinds_of,
     make_phrases,
     miss,
+    name_of,
 )
 
 RED_SQUARE, BLUE_CIRCLE = Kind("square", "red", PLAIN), Kind("circle", "blue", "dotted")
@@ -119,3 +123,19 @@ def test_a_miss_changes_one_word_to_another_objects() -> None:
 def test_an_unknown_split() -> None:
     with pytest.raises(ValueError, match="split 'test' is unknown; choose one of train, val"):
         allowed("test", "circle")
+
+
+def test_names_are_read_from_their_text():
+    for kind in kinds_of("val"):
+        for name in kind.names:
+            assert name_of(name.text) == name
+    for text in ("red", "square red", "big square", "red red square", ""):
+        with pytest.raises(ValueError):
+            name_of(text)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_combinations_are_those_of_the_kinds(split: str):
+    assert combinations(split).sum() == len(kinds_of(split))
+    shown = [Kind(s, c, t) for s in SHAPES for c in COLOURS for t in TEXTURES if is_shown(Kind(s, c, t), split)]
+    assert set(shown) == set(kinds_of(split))

@@ -57,6 +57,16 @@ class Name:
         return self.shape == kind.shape and self.colour in (None, kind.colour) and self.texture in (None, kind.texture)
 
 
+def name_of(text: str) -> Name:
+    """The name that reads so. ValueError for another phrase."""
+    *properties, shape = text.split() or ("",)
+    found = {part: word for word in properties for part in PARTS[1:] if word in WORDS[part]}
+    name = Name(shape, found.get("colour"), found.get("texture"))
+    if shape not in SHAPES or name.text != text:
+        raise ValueError(f"{text!r} names none of the objects in scenes, such as 'dotted red heart'")
+    return name
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an object is."""
@@ -117,6 +127,12 @@ def combinations(split: str) -> np.ndarray:
     for kind in kinds_of(split):
         shown[SHAPES.index(kind.shape), COLOURS.index(kind.colour), TEXTURES.index(kind.texture)] = True
     return shown
+
+
+def is_shown(kind: Kind, split: str) -> bool:
+    """Whether `split` shows such objects."""
+    place = SHAPES.index(kind.shape), COLOURS.index(kind.colour), TEXTURES.index(kind.texture)
+    return bool(combinations(split)[place])
 
 
 @cache

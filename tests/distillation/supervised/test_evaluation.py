@@ -63,6 +63,7 @@ def make_batch() -> SceneBatch:
         kinds=[kind for kind, *_ in PAIRS],
         phrases=["" for _ in PAIRS],
         wanted=wanted,
+        doubtful=torch.zeros_like(wanted),
         **dict.fromkeys(
             ("exemplars", "exemplar_labels", "exemplar_mask", "points", "point_labels", "point_mask"), nothing
         ),

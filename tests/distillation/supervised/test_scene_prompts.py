@@ -9,11 +9,14 @@ from distillation.supervised.scene_prompts import (
     TRAINING_MIX,
     boxes_of,
     choose_prompt,
+    doubtful,
     inner_point,
     make_prompt,
     noisy_box,
     same_kind,
 )
+from sam3.engine.scene_names import Kind, Name, allowed, name_of
+from sam3.engine.scenes import make_scene
 from sam3.model.sam3_image_processor import VISUAL_PROMPT
 from tests.distillation.supervised.scenes import BLUE_SQUARE, RED_SQUARE, STRIPED_RED, hand_made, squares
 
@@ -98,6 +101,30 @@ def test_the_mix():
     assert set(halves) == {"text", "point"} and halves.count("text") == pytest.approx(200, abs=40)
     lone = hand_made(12, [(RED_SQUARE, (0, 0, 3, 3))])
     assert {choose_prompt(lone, rng).kind for _ in range(50)} == {"box", "point"}
+
+
+def test_what_training_never_shows_in_that_paint_is_doubtful():
+    """Squares keep black, green and pink for val, and stripes, dots or checks of one sort."""
+    shown, kept = allowed("train", "square"), allowed("val", "square")
+    red, black = shown[0][0], kept[0][0]
+    texture, other = shown[1][0], kept[1][0]
+    kinds = [
+        *(Kind("circle", red, "plain"), Kind("circle", black, "plain")),
+        *(Kind("circle", red, texture), Kind("circle", red, other), Kind("square", black, "plain")),
+    ]
+    assert doubtful(Name("square"), kinds).tolist() == [False, True, False, True, False]
+    assert doubtful(Name("square", red), kinds).tolist() == [False, False, False, True, False]
+    assert doubtful(Name("square", None, texture), kinds).tolist() == [False] * 5
+    assert doubtful(Name("square", shown[0][1]), kinds).tolist() == [False] * 5  # the colour alone tells them apart
+
+
+@pytest.mark.parametrize("kind", ["text", "absent", "box"])
+def test_prompts_say_what_is_doubtful(kind: str):
+    scene = make_scene(11, 96, "train")
+    for seed in range(6):
+        prompt = make_prompt(kind, scene, np.random.default_rng(seed))
+        expected = np.zeros(len(scene.objects)) if kind == "box" else doubtful(name_of(prompt.text), scene.objects)
+        assert (prompt.doubtful == expected).all() and not (prompt.doubtful & prompt.wanted).any()
 
 
 def test_a_kind_is_shape_colour_and_texture():

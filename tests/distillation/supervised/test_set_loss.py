@@ -14,6 +14,7 @@ from distillation.supervised.set_loss import (
     SetWeights,
     Targets,
     assign,
+    covers,
     mask_queries,
     mask_terms,
 )
@@ -35,9 +36,14 @@ def layer(boxes: list, presence: list[float], many: bool = False) -> dict[str, T
     return out | {"pred_logits_o2m": out["pred_logits"], "pred_boxes_xyxy_o2m": boxes} if many else out
 
 
-def targets(wanted: list[list[bool]], boxes: list, side: int = 2) -> Targets:
+def targets(
+    wanted: list[list[bool]], boxes: list | None = None, masks: Tensor | None = None, doubtful: list | None = None
+) -> Targets:
+    """Where nothing is given: boxes and masks of zeros, and no object is doubtful."""
     wanted = torch.tensor(wanted)
-    return Targets(wanted, torch.tensor(boxes), torch.zeros(*wanted.shape, side, side))
+    boxes = torch.zeros(*wanted.shape, 4) if boxes is None else torch.tensor(boxes)
+    masks = torch.zeros(*wanted.shape, 2, 2) if masks is None else masks
+    return Targets(wanted, boxes, masks, torch.zeros_like(wanted) if doubtful is None else torch.tensor(doubtful))
 
 
 def lists(matched: Assignment) -> tuple[list[int], ...]:
@@ -114,6 +120,23 @@ def test_absent_things_may_teach_scores():
     assert terms["score"].item() == pytest.approx(3 * FOCAL_HALF)
 
 
+def test_queries_on_doubtful_objects_are_left_alone():
+    """Pair 0: one query hits, the other lies on a doubtful object. Pair 1: whether it is absent is not to be learnt."""
+    loss = SetLoss(SetWeights(), absent_score=1.0)
+    out = layer([[HERE, THERE], [THERE, HERE]], [LOG3, LOG3])
+    asked = targets([[True, False], [False, False]], [[HERE, THERE]] * 2, doubtful=[[False, True], [False, True]])
+    terms, _ = loss(out, asked)
+    assert terms["score"].item() == pytest.approx(2 * FOCAL_HALF)  # the hit, and the query of pair 1 that is elsewhere
+    assert terms["presence"].item() == pytest.approx(math.log(4 / 3))
+
+
+def test_a_box_covers_an_object_from_half_their_union_on():
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.6, 1.0]]])
+    found = covers(boxes, torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]]), torch.tensor([[True, True]]))
+    assert found.tolist() == [[True, True, False]]
+    assert not covers(boxes, boxes, torch.zeros(1, 3, dtype=torch.bool)).any()
+
+
 def test_hits_and_misses_may_weigh_differently():
     """With nothing to hit, both queries are misses: a quarter of the weight instead of a half."""
     loss = SetLoss(SetWeights(), absent_score=1.0, focal_alpha=0.75)
@@ -185,7 +208,7 @@ def test_queries_that_get_a_mask():
 def test_mask_terms_by_hand():
     """Three objects, the last of which nobody asks for; the second is matched by a mask that is 3/4 everywhere."""
     rows = {"upper": [[1.0, 1.0], [0.0, 0.0]], "left": [[1.0, 0.0], [1.0, 0.0]], "all": [[1.0, 1.0], [1.0, 1.0]]}
-    asked = Targets(torch.tensor([[True, True, False]]), torch.zeros(1, 3, 4), torch.tensor([list(rows.values())]))
+    asked = targets([[True, True, False]], masks=torch.tensor([list(rows.values())]))
     masks = {"pred_masks": torch.full((1, 1, 2, 2), LOG3), "semantic_seg": torch.zeros(1, 1, 2, 2)}
     matched = Assignment(*torch.tensor([[0], [7], [1]]))
     terms = mask_terms(masks, torch.tensor([0]), matched, asked)
@@ -196,9 +219,17 @@ def test_mask_terms_by_hand():
     assert terms["semantic_dice"].item() == pytest.approx(1 - (2 * 1.5 + 1) / (2 + 3 + 1))
 
 
+def test_what_is_meant_is_not_learnt_where_a_doubtful_object_is():
+    true = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]]])
+    asked = targets([[True, False]], masks=true, doubtful=[[False, True]])
+    masks = {"pred_masks": torch.zeros(1, 1, 2, 2), "semantic_seg": torch.tensor([[[[LOG3, LOG3], [9.0, -LOG3]]]])}
+    terms = mask_terms(masks, torch.tensor([0]), Assignment(*torch.tensor([[0], [0], [0]])), asked)
+    assert terms["semantic_bce"].item() == pytest.approx(math.log(4 / 3))
+
+
 def test_mask_terms_are_means_over_matches_and_pairs():
     true = torch.tensor([[[[1.0, 1.0], [1.0, 1.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
-    asked = Targets(torch.tensor([[True], [False]]), torch.zeros(2, 1, 4), true)
+    asked = targets([[True], [False]], masks=true)
     semantic = torch.tensor([LOG3, -LOG3])[:, None, None, None].expand(2, 1, 2, 2)
     masks = {"pred_masks": torch.full((2, 1, 2, 2), LOG3), "semantic_seg": semantic}
     matched = Assignment(*torch.tensor([[0], [0], [0]]))
@@ -209,7 +240,7 @@ def test_mask_terms_are_means_over_matches_and_pairs():
 
 
 def test_masks_where_nothing_was_matched():
-    asked = Targets(torch.tensor([[False]]), torch.zeros(1, 1, 4), torch.ones(1, 1, 2, 2))
+    asked = targets([[False]], masks=torch.ones(1, 1, 2, 2))
     masks = {"pred_masks": torch.zeros(1, 1, 2, 2, requires_grad=True), "semantic_seg": torch.zeros(1, 1, 2, 2)}
     nothing = Assignment(*torch.zeros(3, 0, dtype=torch.long))
     queries, place = mask_queries(nothing, 1)
