@@ -253,18 +253,12 @@ class _Run:
                 self.scaler.scale(losses["total"] / size).backward()
             self.meter.add_losses(losses)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
+        norm = optim.clip_gradients(self.parameters, self.settings.clip_grad)
         amp.step_unless_bad(self.optimizer, self.scaler, self.meter.add_step(norm, self.at.step + 1))
         self.optimizer.zero_grad(set_to_none=True)
         self.sampler.advance(size)
         self.at.step, self.at.samples = self.at.step + 1, self.sampler.consumed
         self.watch.tick()
-
-    def _clip(self) -> torch.Tensor:
-        """L2 norm of all gradients together, which are scaled down to clip_grad if above it."""
-        if self.settings.clip_grad:
-            return nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     # Reports --------------------------------------------------------------------------------------------------------
 

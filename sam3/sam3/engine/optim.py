@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sam3.engine.muon import Muon
 
@@ -93,6 +93,13 @@ def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
         raise ValueError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """L2 norm of all gradients together, which are scaled down to `limit` if above it; 0 sets none."""
+    if limit:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def lr_scale(batch_size: int, world_size: int, accumulation: int = 1) -> float:

@@ -387,9 +387,8 @@ def test_features_of_grids_follow_one_another(split: Path):
     store = Store(split, mode="everything", grid_points=2)
     components = ("encoder_patch", "decoder_mask_token")
     data = dataset(split, stores={"one": store}, components=components, mode="everything", grid_points=2)
-    features = data.load([1, 0]).features["one"]
-    assert features["encoder_patch"][:, 0, 0].tolist() == [ord("b"), ord("a")]
-    tokens = features["decoder_mask_token"]
+    patches, tokens = (data.load([1, 0]).features["one"][name] for name in components)
+    assert patches[:, 0, 0].tolist() == [ord("b"), ord("a")]
     assert tokens.shape == (8, 2, 3)
     assert tokens[:, 0, 0].tolist() == pytest.approx([ord(k) + i / 10 for k in "ba" for i in range(4)])
 
