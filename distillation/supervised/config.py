@@ -34,7 +34,7 @@ def defaults() -> CfgNode:
     c = from_scratch.defaults("image", from_scratch.RETIRED)
     c.DATA.BATCH_SIZE = 8  # scenes per process and step
     c.DATA.IMG_SIZE = 224  # side of the scenes, px; below the preset's, objects are larger for that
-    c.DATA.NUM_SCENES = 0  # different ones, kept in memory and shown in quarter turns; 0: all are
+    c.DATA.NUM_SCENES = 0  # different ones, kept in memory, shown turned and mirrored; 0: all are
     c.DATA.PROMPTS = 2  # phrases or exemplars asked about each scene
     c.DATA.MIX = CfgNode(dict(TRAINING_MIX))  # shares of the prompts: text, absent, box, point, ...
     c.DATA.CLICKS = 3  # clicks and boxes for the click head, of each scene that has them

@@ -59,8 +59,8 @@ class SceneDataset:
     "train" or "val". prompts, clicks: image-prompt pairs, and rows for the click head, of each training scene;
     click_every: one scene of a batch in so many has clicks, since the second neck costs as much as the first. photos:
     see `make_scene`. mix: see `choose_prompt`. different: if not 0, training shows no more scenes than these, each in
-    all four quarter turns, and keeps them in memory (100 KB each at 112 px): for models that learn faster than scenes
-    are made.
+    all quarter turns and mirrored, and keeps them in memory (100 KB each at 112 px): for models that learn faster than
+    scenes are made.
     """
 
     store = None
@@ -103,17 +103,17 @@ class SceneDataset:
         seed, size = number_of_scene(self.seed, number), self.preprocess.img_size
         return make_scene(seed, size, self.split, photos=self.photos, zoom=self.zoom)
 
-    def _turned(self, number: int, quarters: int) -> Scene:
-        """One of the `different` scenes, turned."""
+    def _again(self, number: int, rng: np.random.Generator) -> Scene:
+        """One of the `different` scenes, turned and mirrored at random."""
         number %= self.different
         if number not in self._kept:
             self._kept[number] = self._scene(number)
-        return turned(self._kept[number], quarters)
+        return turned(self._kept[number], int(rng.integers(4)), bool(rng.integers(2)))
 
     def _trained(self, index: int, epoch: int, with_clicks: bool) -> _Asked:
         number = epoch * self.num_scenes + index
         rng = np.random.default_rng([self.seed, number, 1])
-        scene = self._turned(number, int(rng.integers(4))) if self.different else self._scene(number)
+        scene = self._again(number, rng) if self.different else self._scene(number)
         prompts = [choose_prompt(scene, rng, self.mix) for _ in range(self.prompts)]
         clicks, corners = [], []
         boxes = boxes_of(scene.masks)
@@ -198,7 +198,10 @@ class SceneDataset:
 
 def instances_of(masks: np.ndarray) -> np.ndarray:
     """bool (N, S, S) that do not overlap -> uint8 (S, S), the number of each pixel's mask, or NOTHING."""
-    return np.where(masks.any(0), masks.argmax(0), NOTHING).astype(np.uint8)
+    found = np.full(masks.shape[1:], NOTHING, np.uint8)
+    for number, mask in enumerate(masks):
+        found[mask] = number
+    return found
 
 
 def words_of(objects: Sequence[Kind]) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +181,15 @@ def test_wrong_arguments(seed: int, size: int, split: str) -> None:
         make_scene(seed, size, split)
 
 
-@pytest.mark.parametrize("quarters", [0, 1, 3])
-def test_a_turned_scene_has_its_objects_turned(quarters: int):
+@pytest.mark.parametrize(("quarters", "mirrored"), [(0, False), (1, False), (3, False), (0, True), (1, True)])
+def test_a_turned_scene_has_its_objects_turned(quarters: int, mirrored: bool):
     """A shape drawn at the turned angle covers what the turned mask covers."""
     scene = make_scene(5, 96, "train")
-    other = turned(scene, quarters)
+    kinds = [Kind(shape, "red", "plain") for shape in SHAPES]
+    scene = replace(
+        scene, objects=kinds, angles=np.linspace(0.2, 6, len(kinds)), masks=scene.masks[:1].repeat(len(kinds), 0)
+    )
+    other = turned(scene, quarters, mirrored)
     assert other.image.shape == scene.image.shape and other.phrases == scene.phrases
     assert (other.masks.sum((1, 2)) == scene.masks.sum((1, 2))).all()
     generator = np.random.default_rng(0)
@@ -193,7 +198,8 @@ def test_a_turned_scene_has_its_objects_turned(quarters: int):
         masks = [np.zeros((64, 64), bool), np.zeros((64, 64), bool)]
         for mask, sprite in zip(masks, drawn, strict=True):
             mask[sprite.area] = sprite.mask
-        assert (np.rot90(masks[0], quarters) != masks[1]).mean() < 0.02, kind
+        expected = np.rot90(masks[0], quarters)
+        assert ((expected[:, ::-1] if mirrored else expected) != masks[1]).mean() < 0.02, kind
 
 
 @pytest.mark.parametrize("shape", SHAPES)

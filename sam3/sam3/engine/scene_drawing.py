@@ -268,6 +268,7 @@ SYMMETRY = {
     "flower": 5,
     **dict.fromkeys(("heart", "crescent", "arrow", "drop"), 1),
 }
+AXIS = {"crescent": math.pi / 2}  # of mirror symmetry, radians clockwise from upwards, where it is not upright
 
 
 @cache

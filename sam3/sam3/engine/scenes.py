@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 
 from sam3.engine.image_list import SPLITS
-from sam3.engine.scene_drawing import BASE_SIZE, Look, Pose, Sprite, draw_look, draw_object, fill
+from sam3.engine.scene_drawing import AXIS, BASE_SIZE, Look, Pose, Sprite, draw_look, draw_object, fill
 from sam3.engine.scene_grounds import draw_ground
 from sam3.engine.scene_names import (
     PARTS,
@@ -88,11 +88,17 @@ def make_scene(
     return Scene(finish(ground, Finish.draw(generator), generator), masks, objects, phrases, angles)
 
 
-def turned(scene: Scene, quarters: int) -> Scene:
-    """The scene after so many quarter turns, counter-clockwise."""
-    image = np.ascontiguousarray(np.rot90(scene.image, quarters))
-    masks = np.ascontiguousarray(np.rot90(scene.masks, quarters, axes=(1, 2)))
-    return replace(scene, image=image, masks=masks, angles=scene.angles - quarters * math.pi / 2)
+def turned(scene: Scene, quarters: int, mirrored: bool = False) -> Scene:
+    """The scene after so many quarter turns, counter-clockwise, and then, if `mirrored`, with left and right changed.
+
+    All shapes are their own mirror images.
+    """
+    image, masks = np.rot90(scene.image, quarters), np.rot90(scene.masks, quarters, axes=(1, 2))
+    angles = scene.angles - quarters * math.pi / 2
+    if mirrored:
+        image, masks = image[:, ::-1], masks[:, :, ::-1]
+        angles = np.array([-a - 2 * AXIS.get(kind.shape, 0) for a, kind in zip(angles, scene.objects, strict=True)])
+    return replace(scene, image=np.ascontiguousarray(image), masks=np.ascontiguousarray(masks), angles=angles)
 
 
 def number_of_scene(set_seed: int, place: int) -> int:

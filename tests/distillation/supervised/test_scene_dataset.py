@@ -226,6 +226,7 @@ def test_a_limited_number_of_scenes_comes_back_turned():
     for first in range(3):
         original = torch.from_numpy(make_scene(number_of_scene(2, first), SIDE, "train").image).permute(2, 0, 1)
         turns = [torch.rot90(original, times, (1, 2)) for times in range(4)]
+        turns += [turn.flip(2) for turn in turns]
         seen = [[torch.equal(image, turn) for turn in turns].index(True) for image in batch.images[first::3]]
         assert len(set(seen)) > 1
     assert_same(batch, dataset(count=64, different=3, seed=2, prompts=1).load(list(range(24)), 0))
