@@ -20,6 +20,7 @@ MINIMA = {
     "DATA.CLICK_EVERY": 1,
     "DATA.NUM_SCENES": 0,
     "DATA.NUM_VAL_SCENES": 1,
+    "TRAIN.NAMED_LR": 0,
     "LOSS.ABSENT_SCORE": 0,
     "LOSS.COPIES": 1,
     "LOSS.CLICK_WEIGHT": 0,
@@ -52,6 +53,7 @@ def defaults() -> CfgNode:
 
     c.TRAIN.MAX_STEPS = 5000
     c.TRAIN.LR = 1e-3
+    c.TRAIN.NAMED_LR = 1.0  # learning rate of what words reach (trunk and text), times LR; for phases that go on
     c.TRAIN.WARMUP_STEPS = 100
     c.TRAIN.EFFECTIVE_BATCH = 16  # one process accumulates, two share it
     c.TRAIN.VAL_INTERVAL = 500

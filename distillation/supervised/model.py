@@ -36,7 +36,8 @@ class SupervisedSam3(nn.Module):
     set_loss: of the detector. click_weight: of all losses of the click head. mask_share: of the prompts that learn
     masks in a step. word_weight: of the loss that teaches single words; outline_weight: of what goes with it, see
     `outlines.OutlineLoss`, whose weights are the only ones that sam3.pt does not have; only_words: of all losses these
-    two alone, behind the trunk and the neck.
+    two alone, behind the trunk and the neck. named_lr: learning rate of the parts that these reach, times that of all
+    else.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class SupervisedSam3(nn.Module):
         word_weight: float = 0.0,
         outline_weight: float = 0.0,
         only_words: bool = False,
+        named_lr: float = 1.0,
     ) -> None:
         super().__init__()
         self.detector, self.tracker = detector, tracker
         self.set_loss, self.click_weight, self.mask_share = set_loss, click_weight, mask_share
         self.word_weight, self.outline_weight, self.only_words = word_weight, outline_weight, only_words
+        self.named_lr = named_lr
         if outline_weight:
             self.outlines = OutlineLoss(detector.transformer.decoder.query_embed.embedding_dim)
         switch_off_noise(self)
@@ -69,6 +72,13 @@ class SupervisedSam3(nn.Module):
             "_token",
             "_embed",
         )
+
+    def lr_scales(self) -> dict[str, float]:
+        """See `optim.parameter_groups`."""
+        neck = self.detector.backbone.vision_backbone
+        told = f"convs.{len(neck.convs) - neck.scalp - 1}."
+        parts = ("vision_backbone.trunk.", f"vision_backbone.{told}", "language_backbone.")
+        return dict.fromkeys((*(f"detector.backbone.{part}" for part in parts), "outlines."), self.named_lr)
 
     def forward(self, batch: SceneBatch) -> dict[str, Tensor]:
         """`total`, the weighted terms (those of clicks as `click_*`), and for the log `iou_of_clicks` and

@@ -83,7 +83,9 @@ def build_model(config: CfgNode) -> SupervisedSam3:
     loss = config.LOSS
     set_loss = SetLoss(supervised_config.set_weights(config), loss.COPIES, loss.FOCAL_ALPHA, loss.ABSENT_SCORE)
     shares = (loss.CLICK_WEIGHT, loss.MASK_SHARE, loss.WORD_WEIGHT, loss.OUTLINE_WEIGHT)
-    return SupervisedSam3(detector, tracker, set_loss, *shares, only_words=config.PHASE == "words")
+    return SupervisedSam3(
+        detector, tracker, set_loss, *shares, only_words=config.PHASE == "words", named_lr=config.TRAIN.NAMED_LR
+    )
 
 
 def scenes(config: CfgNode, model: SupervisedSam3, split: str, count: int) -> SceneDataset:

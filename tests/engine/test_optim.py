@@ -143,3 +143,22 @@ def test_from_config():
     assert schedule_from_config(short, 10)(100) == pytest.approx(1e-5)
     optimizer = optimizer_from_config(config, nn.Linear(2, 2), lr=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_parts_may_have_a_learning_rate_of_their_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def lr_scales(self):
+            return {"trunk.": 0.25}
+
+    model = Model()
+    groups = parameter_groups(model, 0.1)
+    found = [(group["weight_decay"], group.get("lr_scale"), group["params"][0]) for group in groups]
+    expected = [
+        *((0.1, None, model.head.weight), (0.0, None, model.head.bias)),
+        *((0.1, 0.25, model.trunk.weight), (0.0, 0.25, model.trunk.bias)),
+    ]
+    assert all(ours[:2] == theirs[:2] and ours[2] is theirs[2] for ours, theirs in zip(found, expected, strict=True))

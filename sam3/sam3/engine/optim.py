@@ -20,22 +20,30 @@ REFERENCE_BATCH = 512  # the configured learning rates are meant for this many s
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups of all trainable parameters: with and without weight decay.
+    """Optimizer groups of all trainable parameters, with and without weight decay.
 
-    Without: vectors and scalars (norms, biases), names ending in `.bias`, and what any submodule names in
-    `no_weight_decay()` (names relative to it) or `no_weight_decay_keywords()` (parts of names).
+    Parts that the model names in `lr_scales()` (prefix of names -> factor) have groups of their own, with an
+    `lr_scale`. Without weight decay: vectors and scalars (norms, biases), names ending in `.bias`, and what any
+    submodule names in `no_weight_decay()` (names relative to it) or `no_weight_decay_keywords()` (parts of names).
     Raises ValueError if nothing is trainable.
     """
     exempt = _exempt_names(model)
-    decayed, plain = [], []
+    scales = model.lr_scales() if hasattr(model, "lr_scales") else {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for scale in (1.0, *scales.values()):
+        groups |= {(scale, free): [] for free in (False, True)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
-            (plain if free else decayed).append(parameter)
-    if not decayed and not plain:
+            scale = next((scales[prefix] for prefix in scales if name.startswith(prefix)), 1.0)
+            groups[scale, free].append(parameter)
+    if not any(groups.values()):
         raise ValueError("no parameter of the model is trainable")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": own, "weight_decay": 0.0 if free else weight_decay, **({} if scale == 1 else {"lr_scale": scale})}
+        for (scale, free), own in groups.items()
+        if own
+    ]
 
 
 def _exempt_names(model: nn.Module) -> set[str]:

@@ -150,6 +150,15 @@ def test_words_alone_train_what_tells_them_apart():
     assert any(name.startswith(f"{neck}trunk.patch_embed") for name in reached)
 
 
+def test_what_words_reach_may_learn_at_a_rate_of_its_own():
+    model = build(only_words=True, word_weight=1.0, outline_weight=1.0, named_lr=0.3)
+    model(scenes(model, [0, 1], prompts=1, clicks=0))["total"].backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    prefixes = tuple(model.lr_scales())
+    assert set(model.lr_scales().values()) == {0.3} and all(name.startswith(prefixes) for name in reached)
+    assert all(any(name.startswith(prefix) for name in reached) for prefix in prefixes)
+
+
 def test_words_are_a_term_among_others(model: SupervisedSam3):
     batch = scenes(model, [0, 1], seed=1)
     with torch.random.fork_rng(), torch.no_grad():
