@@ -128,15 +128,7 @@ def make_parser(description: str, flags: Mapping[str, engine_config.FlagAction] 
 
 def load(args: argparse.Namespace, flags: Mapping[str, engine_config.FlagAction] = FLAGS) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
-    stage_config.check_local_rank(args)
-    config = engine_config.load_config(
-        stage1_defaults(),
-        args.cfg,
-        opts=args.opts,
-        flag_values=engine_config.flag_values_from(args, flags),
-        retired=RETIRED,
-        choices=CHOICES,
-    )
+    config = stage_config.load(args, stage1_defaults(), flags, retired=RETIRED, choices=CHOICES)
     weights = (config.DISTILL.PIXEL_WISE, config.DISTILL.COSINE)
     if min(weights) < 0 or sum(weights) == 0:
         raise ValueError(

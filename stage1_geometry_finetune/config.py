@@ -205,16 +205,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def load(args: argparse.Namespace) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
-    stage_config.check_local_rank(args)
     defaults = geometry_defaults()
-    config = engine_config.load_config(
-        defaults,
-        args.cfg,
-        opts=args.opts,
-        flag_values=engine_config.flag_values_from(args, FLAGS),
-        retired=RETIRED,
-        choices=CHOICES,
-    )
+    config = stage_config.load(args, defaults, FLAGS, retired=RETIRED, choices=CHOICES)
     stage_config.refuse_idle_keys(config, defaults, CONDITIONS)
     stage_config.check_numbers(config)
     _check_numbers(config)

@@ -21,8 +21,7 @@ ANNOTATION_STRIDE = 4  # SA-V has masks for every 4th frame
 FLAGS: dict[str, engine_config.FlagAction] = {
     "--output-dir": "OUTPUT",
     "--resume": "MODEL.RESUME",
-    "--seed": "SEED",
-    "--device": "DEVICE",
+    **{flag: engine_config.SHARED_FLAGS[flag] for flag in ("--seed", "--device")},
     "--eval": {"EVAL_MODE": True},
     "--throughput": {"THROUGHPUT_MODE": True},
 }
@@ -268,18 +267,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def load(args: argparse.Namespace) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
-    stage_config.check_local_rank(args)
     defaults = stage2_defaults()
-    config = engine_config.load_config(
-        defaults,
-        args.cfg,
-        opts=args.opts,
-        flag_values=engine_config.flag_values_from(args, FLAGS),
-        retired=RETIRED,
-        choices=CHOICES,
-        aliases=ALIASES,
-        opts_name="the command line",
-    )
+    rules = {"retired": RETIRED, "choices": CHOICES, "aliases": ALIASES, "opts_name": "the command line"}
+    config = stage_config.load(args, defaults, FLAGS, **rules)
     stage_config.refuse_idle_keys(config, defaults, _conditions(defaults))
     stage_config.check_minima(config, MINIMA)
     recipe.check_steps(config)

@@ -15,13 +15,10 @@ from sam3.engine.recipe import by_steps
 
 FLAGS: dict[str, engine_config.FlagAction] = {
     "--phase": "PHASE",
-    "--output": "OUTPUT",
-    "--pretrained": "MODEL.PRETRAINED",
-    "--resume": ("MODEL.RESUME", "auto"),
-    "--max-steps": "TRAIN.MAX_STEPS",
-    "--batch-size": "DATA.BATCH_SIZE",
-    "--seed": "SEED",
-    "--device": "DEVICE",
+    **{
+        flag: engine_config.SHARED_FLAGS[flag]
+        for flag in ("--output", "--pretrained", "--resume", "--max-steps", "--batch-size", "--seed", "--device")
+    },
     "--eval": {"EVAL_MODE": True},
     "--throughput": {"THROUGHPUT_MODE": True},
 }
@@ -88,15 +85,8 @@ def load(
 ) -> CfgNode:
     """Parsed arguments -> frozen config; own: the defaults; choices, minima: of the phase's own keys. Raises ValueError
     for what cannot work."""
-    stage_config.check_local_rank(args)
-    config = engine_config.load_config(
-        own,
-        args.cfg,
-        opts=args.opts,
-        flag_values=engine_config.flag_values_from(args, FLAGS),
-        retired=retired,
-        choices={**recipe.STEP_CHOICES, **choices},
-    )
+    choices = {**recipe.STEP_CHOICES, **choices}
+    config = stage_config.load(args, own, FLAGS, retired=retired, choices=choices)
     steps = {key: least for key, least in recipe.STEP_MINIMA.items() if _kept(key, retired)}
     stage_config.check_minima(config, {**steps, **minima})
     recipe.check_steps(config)

@@ -11,7 +11,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from sam3.engine import cli, distributed
-from sam3.engine.config import FlagAction, add_config_arguments, get, leaf_keys
+from sam3.engine.config import FlagAction, add_config_arguments, flag_values_from, get, leaf_keys, load_config
 from sam3.engine.files import sha256
 from sam3.transforms import Preprocess
 
@@ -65,6 +65,15 @@ def make_parser(
     # torchrun's environment tells the rank; old launchers pass this flag as well
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def load(args: argparse.Namespace, defaults: CfgNode, flags: Mapping[str, FlagAction], **rules: Any) -> CfgNode:
+    """What `make_parser` has parsed -> frozen config. rules: of `sam3.engine.config.load_config`, such as `retired`.
+
+    Raises ValueError as it does, and see `check_local_rank`.
+    """
+    check_local_rank(args)
+    return load_config(defaults, args.cfg, opts=args.opts, flag_values=flag_values_from(args, flags), **rules)
 
 
 def check_local_rank(args: argparse.Namespace) -> None:

@@ -51,11 +51,8 @@ def same(one: PromptBatch, other: PromptBatch) -> bool:
     assert (one.keys, one.counts, one.epoch, one.skipped) == (other.keys, other.counts, other.epoch, other.skipped)
     pairs = [(one.images, other.images), (one.sizes, other.sizes), (one.masks, other.masks)]
     if one.prompts is not None:
-        pairs += [
-            pair
-            for pair in zip(vars(one.prompts).values(), vars(other.prompts).values(), strict=True)
-            if pair[0] is not None
-        ]
+        prompts = zip(vars(one.prompts).values(), vars(other.prompts).values(), strict=True)
+        pairs += [pair for pair in prompts if pair[0] is not None]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
