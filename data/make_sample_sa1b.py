@@ -154,10 +154,9 @@ def plan(photos: list[Path], num_train: int, num_val: int, crops: int, seed: int
 
 def plan_scenes(photos: list[Path], arguments: argparse.Namespace) -> list[ScenePicture]:
     """The scenes of both splits, which share no photo. Raises ValueError if there are too few photos."""
-    num_train, num_val = arguments.num_train, arguments.num_val
-    grounds = split_grounds(photos, num_train, num_val, arguments.seed)
+    grounds = split_grounds(photos)
     pictures: list[ScenePicture] = []
-    for split, count in (("train", num_train), ("val", num_val)):
+    for split, count in (("train", arguments.num_train), ("val", arguments.num_val)):
         for _ in range(count):
             number = len(pictures) + 1
             seed = number_of_scene(arguments.seed, number)

@@ -154,7 +154,7 @@ def plan(photos: list[Path], num_train: int, num_val: int, num_objects: int, see
 
 def plan_scenes(photos: list[Path], num_train: int, num_val: int, seed: int) -> list[SceneVideo]:
     """The clips of both splits, which share no photo. Raises ValueError if there are too few photos."""
-    grounds = split_grounds(photos, num_train, num_val, seed)
+    grounds = split_grounds(photos)
     splits = ["train"] * num_train + ["val"] * num_val
     return [
         SceneVideo(f"sav_{number:06d}", split, number_of_scene(seed, number), grounds[split])

@@ -167,7 +167,7 @@ def make_scenes(photos: Path, output: Path, *extra: str) -> int:
 def test_scenes_with_phrases(photos: Path, tmp_path: Path) -> None:
     root = tmp_path / "set"
     assert make_scenes(photos, root) == 0
-    grounds = split_grounds(sorted(photos.iterdir()), 4, 2, 0)
+    grounds = split_grounds(sorted(photos.iterdir()))
     assert not set(grounds["train"]) & set(grounds["val"])
     number = 0
     for split, count in (("train", 4), ("val", 2)):

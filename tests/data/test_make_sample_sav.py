@@ -145,7 +145,7 @@ def test_scenes_through_the_extractor_and_the_readers(photos: Path, tmp_path: Pa
     argv = ["--scenes", "--size", "64", "--num-frames", "9", "--num-train", "2", "--num-val", "1", "--workers", "1"]
     argv += ["--images", str(photos)]
     assert main([*argv, "--output", str(root)]) == 0
-    grounds = {s: read_grounds(p, 83) for s, p in split_grounds(sorted(photos.iterdir()), 2, 1, 0).items()}
+    grounds = {s: read_grounds(p, 83) for s, p in split_grounds(sorted(photos.iterdir())).items()}
     extract = ["--source_dir", str(root / "sav_train"), "--output_dir", str(tmp_path / "out"), "--workers", "1"]
     assert extract_sav_frames.main(extract) == 0
     for i, video in enumerate(list_videos(tmp_path / "out"), 1):

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sam3.engine import scene_videos
 from sam3.engine.scene_drawing import Pose, draw_look
 from sam3.engine.scene_names import PLAIN, Kind, kinds_of
-from sam3.engine.scene_videos import MAX_OBJECTS, WAYS, Actor, cast_actors, make_clip, nearest_exit, view
+from sam3.engine.scene_videos import MARGIN, MAX_OBJECTS, WAYS, Actor, cast_actors, make_clip, nearest_exit, view
 from sam3.engine.scenes import MIN_AREA
 
 SIZE = 64
@@ -85,6 +86,28 @@ def test_the_camera() -> None:
     assert (view(ground, 64, np.array([3, -4])) == ground[:, 6:70, 13:77]).all()
     view(ground, 64, np.array([0, 0]))[:] = 0
     assert ground.any(), "the ground is left as it is"
+
+
+@pytest.mark.parametrize("drift", [-MARGIN, MARGIN])
+@pytest.mark.parametrize("size", [65, 160, 192])
+def test_the_camera_goes_as_far_as_it_may(size: int, drift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drifting(np.random.Generator):
+        def uniform(self, low=0.0, high=1.0, size=None):
+            return np.full(2, drift) if (low, high, size) == (-MARGIN, MARGIN, 2) else super().uniform(low, high, size)
+
+    monkeypatch.setattr(scene_videos, "scene_generator", lambda *_: Drifting(np.random.PCG64(0)))
+    monkeypatch.setattr(scene_videos, "DRIFT", 1)
+    assert make_clip(0, size, 2, "train").frames.shape == (2, size, size, 3)
+
+
+@pytest.mark.parametrize(("size", "side"), [(64, 84), (160, 212), (224, 296)])
+def test_the_ground_reaches_as_far_as_the_camera(size: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another side would make other clips of the same numbers."""
+    sides = []
+    draw = scene_videos.draw_ground
+    monkeypatch.setattr(scene_videos, "draw_ground", lambda side, *rest: sides.append(side) or draw(side, *rest))
+    make_clip(0, size, 1, "train")
+    assert set(sides) == {side}
 
 
 def test_no_frames() -> None:

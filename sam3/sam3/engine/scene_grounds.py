@@ -22,7 +22,7 @@ from sam3.engine.scene_names import pick
 SHOWING_SHAPES = (
     *("astronaut.png", "chelsea.png", "coffee.png", "coins.png", "flower.jpg", "moon.png", "motorcycle_left.png"),
 )
-SAMPLE_SIZES = (48, 8)  # train and val pictures of the sample set
+VAL_GROUNDS = 7  # of so many photos one lies behind held-out scenes only
 PHOTO_SHARE = 0.5  # of the scenes, if there are photos
 PHOTO_CONTRAST = (0.5, 0.95)  # what is left of a photo's own, so that objects stand out
 BRIGHTNESS = (75, 195)  # the mean of a ground lies between; black and white objects are darker and brighter
@@ -35,13 +35,16 @@ def list_grounds(folder: Path | None) -> list[Path]:
     return photos if folder is not None else [path for path in photos if path.name not in SHOWING_SHAPES]
 
 
-def split_grounds(photos: Sequence[Path], num_train: int, num_val: int, seed: int) -> dict[str, tuple[Path, ...]]:
-    """Photos of each split, none of both, about as many as its share of the scenes. ValueError if there are too few."""
-    if len(photos) < 1 + bool(num_val):
+def split_grounds(photos: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """Photos of each split, none of both: one of VAL_GROUNDS is val's. ValueError for fewer than two.
+
+    It is the same for all sets of scenes and for training on the fly, whatever their sizes and seeds, so that no model
+    is measured on a photo of its training.
+    """
+    if len(photos) < 2:
         raise ValueError(f"{len(photos)} photos are too few: each split wants one of its own; add photos")
-    order = np.random.default_rng(seed).permutation(len(photos)).tolist()
-    share = round(len(photos) * num_val / (num_train + num_val))
-    count = min(max(share, 1), len(photos) - 1) if num_val else 0
+    order = np.random.default_rng(0).permutation(len(photos)).tolist()
+    count = max(1, round(len(photos) / VAL_GROUNDS))
     return {
         "train": tuple(photos[i] for i in sorted(order[count:])),
         "val": tuple(photos[i] for i in sorted(order[:count])),
@@ -68,10 +71,10 @@ def read_grounds(paths: tuple[Path, ...], side: int = 288) -> tuple[np.ndarray, 
 def grounds_of(folder: str, split: str, side: int) -> tuple[np.ndarray, ...]:
     """Photos for scenes and clips made on the fly: those of a split, of `folder` or, if empty, the bundled ones.
 
-    Splits share them as the sample set of scenes does. side: as for `read_grounds`. Raises what these raise.
+    side: as for `read_grounds`. Raises what these raise.
     """
     photos = list_grounds(Path(folder) if folder else None)
-    return read_grounds(split_grounds(photos, *SAMPLE_SIZES, seed=0)[split], side)
+    return read_grounds(split_grounds(photos)[split], side)
 
 
 def draw_ground(size: int, photos: Sequence[np.ndarray] | None, generator: np.random.Generator) -> np.ndarray:

@@ -89,7 +89,7 @@ def make_clip(seed: int, size: int, num_frames: int, split: str, photos: Sequenc
     generator = scene_generator(CLIP, seed, size, split)
     actors: list[Actor] = []
     while not actors:  # as in make_scene
-        ground = draw_ground(round(size * (1 + 2 * MARGIN)), photos, generator)
+        ground = draw_ground(size + 2 * round(size * MARGIN), photos, generator)  # as far as the camera may go
         actors = visible_actors(cast_actors(split, generator), size)
     drift = generator.uniform(-MARGIN, MARGIN, 2) if generator.random() < DRIFT else np.zeros(2)
     camera = Finish.draw(generator)
@@ -125,7 +125,9 @@ def cast_actors(split: str, generator: np.random.Generator) -> list[Actor]:
 
 
 def nearest_exit(start: Pose) -> tuple[float, float]:
-    """A centre (x, y) beyond the nearest edge of the picture, from where nothing of the object is seen."""
+    """A centre (x, y) so far beyond the nearest edge of the picture that nothing of the object is seen there, unless
+    the camera drifts after it.
+    """
     out = 0.5 * (1 + BREATH) * start.diameter + 2 * SWAY
     goals = ((-out, start.y), (1 + out, start.y), (start.x, -out), (start.x, 1 + out))
     return min(goals, key=lambda goal: abs(goal[0] - start.x) + abs(goal[1] - start.y))
