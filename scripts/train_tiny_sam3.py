@@ -25,7 +25,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from distillation.supervised import config as image_config
 from distillation.supervised import run as image_run
@@ -40,6 +39,7 @@ from stage2.supervised import run as tracker_run
 PHASES = ("words", "closeup", "image", "tracker")
 MEASURED = ("image", "tracker")  # the phases whose validation says what the file is worth
 FOLDER = Path("output/tiny_sam3")
+TARGET = Path("sam3_checkpoints/sam3_tiny.safetensors")
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger("sam3.tiny")
 
@@ -48,14 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = outer_parser().parse_known_args(argv)
     if args.export:
-        return export(args.export, args.to)
+        if args.to is None:
+            raise ValueError(f"--export writes a file: name it with --to, such as --to {TARGET.name}")
+        count = export(args.export, args.to)
+        print(f"{args.to}: {count} entries, {human_bytes(args.to.stat().st_size)}")
+        return 0
     if args.phase == "all":
         return train_all(full_parser().parse_args(argv))
     config, run = parts(args.phase)
     parser = config.make_parser(__doc__)
     if "--cfg" not in rest:
         rest = ["--cfg", str(config_file(args.configs, args.phase)), *rest]
-    return run_stage(rest, parser, config.load, run.build_run)
+    return run_stage(["--phase", args.phase, *rest], parser, config.load, run.build_run)
 
 
 def outer_parser() -> argparse.ArgumentParser:
@@ -70,6 +74,7 @@ def full_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.epilog = "A single phase takes more: --phase image --help"
     add_outer_arguments(parser)
+    parser.set_defaults(to=TARGET)
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the phases' folders")
     parser.add_argument("--seed", type=int, default=1, help="of weights, scenes and prompts")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -82,8 +87,7 @@ def add_outer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", choices=("all", *PHASES), default="all", help="all: one after the other")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="folder of tiny_sam3_<phase>.yaml")
     parser.add_argument("--export", type=Path, metavar="CHECKPOINT", help="write its weights as a file, and end")
-    target = Path("sam3_checkpoints/sam3_tiny.safetensors")
-    parser.add_argument("--to", type=Path, default=target, help="file to write; its page lies beside it")
+    parser.add_argument("--to", type=Path, help="file to write, its page lies beside it; to be named for --export")
 
 
 def parts(phase: str) -> tuple[ModuleType, ModuleType]:
@@ -118,9 +122,14 @@ def train_all(args: argparse.Namespace) -> int:
         start = ["--pretrained", str(folder / "ckpt_latest.pth")]
     if args.dry_run:
         return 0
-    export(args.output / PHASES[-1] / "ckpt_latest.pth", args.to)
-    figures = {phase: measure(phase, args) for phase in MEASURED}
     records = {phase: training_record(args.output / phase) for phase in PHASES}
+    draft = args.to.with_stem(f".{args.to.stem}-unmeasured")  # the suffix says what format it is
+    try:
+        export(args.output / PHASES[-1] / "ckpt_latest.pth", draft)
+        figures = {phase: measure(phase, draft, args) for phase in MEASURED}
+        draft.replace(args.to)
+    finally:
+        draft.unlink(missing_ok=True)
     page = write_card(args.to, figures, records)
     print(page.read_text())
     return 0
@@ -140,14 +149,14 @@ def command(flags: Sequence[str], count: int) -> list[str]:
     return [*torchrun, str(Path(__file__).resolve()), *flags]
 
 
-def measure(phase: str, args: argparse.Namespace) -> Mapping[str, float]:
-    """What a phase's validation says about the file `args.to`."""
+def measure(phase: str, path: Path, args: argparse.Namespace) -> Mapping[str, float]:
+    """What a phase's validation says about a file."""
     config, run = parts(phase)
     flags = ["--cfg", str(config_file(args.configs, phase)), "--device", args.device]
     settings = config.load(config.make_parser(__doc__).parse_args(flags))
     with distributed.start(settings.DEVICE) as world:
         whole = run.build_run(settings, world, Path(settings.OUTPUT), True)
-        whole.load_weights(args.to)
+        whole.load_weights(path)
         whole.distiller.eval()
         return whole.make_validator(MetricLog(None))(0, 0)
 
@@ -156,19 +165,21 @@ def measure(phase: str, args: argparse.Namespace) -> Mapping[str, float]:
 
 
 def export(path: Path, target: Path) -> int:
-    """Write a checkpoint's weights in half precision. Returns the exit code."""
+    """Write a checkpoint's weights, float32 as float16; what else there is, such as the complex rotary tables, stays.
+
+    Returns the number of entries. ValueError for numbers that float16 does not have.
+    """
     found = weights.load_weights(path)
-    parts = ("detector.", "tracker.")
-    tensors = {key: halved(tensor) for key, tensor in found.tensors.items() if key.startswith(parts)}
+    tensors = {}
+    for key, tensor in found.tensors.items():
+        if key.startswith(("detector.", "tracker.")):
+            tensors[key] = tensor.half() if tensor.dtype == torch.float32 else tensor
+            if not torch.isfinite(tensors[key]).all():
+                raise ValueError(f"{key} of {path} reaches {tensor.abs().max():.3g}, float16 holds up to 65504 only")
+    known = {"preset": found.meta["preset"]} if "preset" in found.meta else {}
     target.parent.mkdir(parents=True, exist_ok=True)
-    weights.save_weights(target, tensors, {"trained": {"on": "generated scenes", "preset": "tiny"}})
-    print(f"{target}: {len(tensors)} entries, {human_bytes(target.stat().st_size)}")
-    return 0
-
-
-def halved(tensor: Tensor) -> Tensor:
-    """Float32 -> float16; what else there is, such as the complex rotary tables, stays."""
-    return tensor.half() if tensor.dtype == torch.float32 else tensor
+    weights.save_weights(target, tensors, {"trained": {"on": "generated scenes", **known}})
+    return len(tensors)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from yacs.config import CfgNode
 from distillation.supervised.scene_prompts import TRAINING_MIX
 from distillation.supervised.set_loss import SetWeights
 from sam3.engine import from_scratch, stage_config
-from sam3.model.config import PRESETS
+from sam3.model.config import PRESETS, Sam3Config
 
 CHOICES = {"PHASE": ("words", "closeup", "image"), "MODEL.PRESET": tuple(PRESETS)}
 MINIMA = {
-    "DATA.IMG_SIZE": 1,
     "DATA.PROMPTS": 1,
     "DATA.CLICKS": 0,
     "DATA.CLICK_EVERY": 1,
@@ -33,8 +32,8 @@ MINIMA = {
 def defaults() -> CfgNode:
     """The shared keys that act here and this program's own."""
     c = from_scratch.defaults("image", from_scratch.RETIRED)
-    c.DATA.BATCH_SIZE = 8  # scenes per process and step
-    c.DATA.IMG_SIZE = 224  # side of the scenes, px; below the preset's, objects are larger for that
+    c.DATA.BATCH_SIZE = 8  # scenes per process and micro-batch
+    c.DATA.IMG_SIZE = 224  # side of the scenes, px; below the preset's, down to half, objects are larger for that
     c.DATA.NUM_SCENES = 0  # different ones, kept in memory, shown turned and mirrored; 0: all are
     c.DATA.PROMPTS = 2  # phrases or exemplars asked about each scene
     c.DATA.MIX = CfgNode(dict(TRAINING_MIX))  # shares of the prompts: text, absent, box, point, ...
@@ -69,6 +68,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> CfgNode:
     """Parsed arguments -> checked, frozen config. Raises ValueError for what cannot work."""
     config = from_scratch.load(args, defaults(), CHOICES, from_scratch.RETIRED, MINIMA)
+    _check_size(config)
     set_weights(config)
     if min(config.DATA.MIX.values()) < 0 or not any(config.DATA.MIX.values()):
         raise ValueError(f"DATA.MIX wants shares from 0, at least one above it, got {dict(config.DATA.MIX)}")
@@ -81,6 +81,16 @@ def load(args: argparse.Namespace) -> CfgNode:
     if not 0 < config.LOSS.MASK_SHARE <= 1:
         raise ValueError(f"LOSS.MASK_SHARE is a share above 0 and up to 1, got {config.LOSS.MASK_SHARE}")
     return config
+
+
+def _check_size(config: CfgNode) -> None:
+    """ValueError for a size at which tokens would not tile a scene, or not see objects as large as usual."""
+    size, usual = config.DATA.IMG_SIZE, Sam3Config.preset(config.MODEL.PRESET)
+    if not usual.img_size / 2 <= size <= usual.img_size or size % usual.patch_size:
+        raise ValueError(
+            f"DATA.IMG_SIZE is {size}, but scenes are drawn at {usual.img_size // 2} to {usual.img_size} px, in "
+            f"multiples of {usual.patch_size} (MODEL.PRESET {config.MODEL.PRESET})"
+        )
 
 
 def set_weights(config: CfgNode) -> SetWeights:

@@ -142,7 +142,13 @@ class SceneDataset:
         return self._ask(scene, index, prompts, clicks, corners, None)
 
     def _ask(
-        self, scene: Scene, number: int, prompts: list[ScenePrompt], clicks: list, corners: list, rng: Any
+        self,
+        scene: Scene,
+        number: int,
+        prompts: list[ScenePrompt],
+        clicks: list[tuple[int, np.ndarray]],
+        corners: list[tuple[int, np.ndarray]],
+        rng: np.random.Generator | None,
     ) -> _Asked:
         size, boxes = self.preprocess.img_size, boxes_of(scene.masks)
         shown = [[boxes[i] if rng is None else noisy_box(boxes[i], size, rng) for i, _ in p.boxes] for p in prompts]

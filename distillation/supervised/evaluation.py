@@ -22,6 +22,7 @@ from sam3.engine.distributed import World
 from sam3.engine.scene_names import PARTS
 
 THRESHOLD = 0.5  # of a score, as in `Sam3Processor`
+TARGET, REJECTED = 0.75, 0.9  # what is aimed at: IoUs of masks, and the share of the absent phrases that are rejected
 
 
 class SceneValidator:
@@ -31,13 +32,14 @@ class SceneValidator:
     Results, means over everything of a kind:
     val/text_iou      of each object that a phrase means: IoU of the mask assigned to it among those with a score above
                       one half, 0 if there is none
+    val/text_detected  share of the phrases that mean something with any score above one half
     val/text_found_iou  the same, of the objects that some mask was assigned to
     val/text_precision  share of these masks that were assigned with an IoU of at least one half
     val/box_iou, val/point_iou  of the object under an exemplar: IoU of the mask whose box (query) fits it best
-    val/box_found     share of these whose score is above one half
+    val/box_found, val/point_found  share of these masks whose score is above one half
     val/rejected      share of the absent phrases with no score above one half
     val/click_iou, val/corner_iou  of the click head's likeliest mask for one click, for a box
-    val/target        the least of text, box and click IoU, and what rejection is short of 0.9: 0.75 is the aim
+    val/target        the least of text, box and click IoU, and TARGET less what rejection is short of REJECTED
     """
 
     def __init__(self, model: SupervisedSam3, loader: Any, world: World) -> None:
@@ -57,7 +59,7 @@ class SceneValidator:
                 joined[name] += numbers
         means = {f"val/{name}": float(np.mean(joined[name])) for name in sorted(joined) if joined[name]}
         reached = [means[f"val/{name}_iou"] for name in ("text", "box", "click")]
-        means["val/target"] = min(*reached, 0.75 + means["val/rejected"] - 0.9)
+        means["val/target"] = min(*reached, TARGET + means["val/rejected"] - REJECTED)
         return means
 
     def _detector(self, grid: Tensor, batch: SceneBatch, values: dict[str, list[float]]) -> None:
@@ -125,18 +127,24 @@ def box_ious(boxes: Tensor, box: Tensor) -> Tensor:
 
 class WordValidator:
     """As `SceneValidator`, for a model that learns single words: val/shape_named, val/colour_named, val/texture_named,
-    shares of the objects, and val/target, the least of them."""
+    shares of the objects that have such a word, and val/target, the least of them."""
 
     def __init__(self, model: SupervisedSam3, loader: Any, world: World) -> None:
         self.model, self.loader, self.world = model, loader, world
 
     @torch.no_grad()
     def __call__(self, epoch: int, step: int) -> dict[str, float]:
-        named: dict[str, list[float]] = defaultdict(list)
+        hits, counts = np.zeros(len(PARTS)), np.zeros(len(PARTS))
         for batch in self.loader:
             batch = to_device(batch, self.world.device)
-            for part, share in self.model.word_term(self.model.name_map(self.model.embed(batch)), batch)[1].items():
-                named[part].append(float(share))
-        joined = [own for own in distributed.gather_objects(dict(named)) if own]
-        means = {f"val/{part}_named": float(np.mean([x for own in joined for x in own[part]])) for part in PARTS}
+            shares = self.model.word_term(self.model.name_map(self.model.embed(batch)), batch)[1]
+            count = (batch.words >= 0).sum((0, 1)).cpu().numpy()
+            hits += count * [float(shares[part]) for part in PARTS]
+            counts += count
+        hits, counts = np.sum(distributed.gather_objects((hits, counts)), axis=0)
+        means = {
+            f"val/{part}_named": float(hit / count)
+            for part, hit, count in zip(PARTS, hits, counts, strict=True)
+            if count
+        }
         return {**means, "val/target": min(means.values())}

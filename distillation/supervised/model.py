@@ -62,7 +62,12 @@ class SupervisedSam3(nn.Module):
         switch_off_noise(self)
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Embeddings: what is learnt of a word must not fade while it is not asked for."""
+        """Embeddings: what is learnt of a word must not fade while it is not asked for.
+
+        As parts of names these match more: the trunk's patch_embed, the matrices of bbox_embed, boxRPB_embed_x and _y,
+        mask_embed and presence_token_head, and the click decoder's attention between tokens and the image. All of it
+        is trained by AdamW without decay, with the optimizer `muon` too (see `sam3.engine.muon`).
+        """
         return (
             "token_embedding",
             "positional_embedding",

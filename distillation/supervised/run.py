@@ -27,7 +27,8 @@ from sam3.model_builder import assemble_image_model
 from sam3.tracker_builder import assemble_tracker
 
 SCENES_PER_EPOCH = 1_000_000  # more than a run sees
-# Going on with another value of one of these would mean something else.
+# Going on with another value of one of these would mean something else. As in the other stages, a run's length, batch
+# and learning rates may be changed on the way.
 RESUME_KEYS = (
     *("PHASE", "SEED", "MODEL.PRESET", "TRAIN.OPTIMIZER.NAME"),
     *("DATA.IMG_SIZE", "DATA.NUM_SCENES", "DATA.PHOTOS", "DATA.PROMPTS", "DATA.CLICKS", "DATA.CLICK_EVERY"),

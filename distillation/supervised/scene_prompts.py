@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from sam3.engine.scene_names import Kind, Name, is_shown, name_of
+from sam3.engine.scenes import Scene
 from sam3.model.sam3_image_processor import VISUAL_PROMPT
 
 # How often a training prompt is of each kind, if nothing else is said; kinds without room give way to `box`.
@@ -41,14 +41,14 @@ class ScenePrompt:
     points: list[tuple[int, int]] = field(default_factory=list)
 
 
-def choose_prompt(scene: Any, rng: np.random.Generator, mix: Mapping[str, float] = TRAINING_MIX) -> ScenePrompt:
-    """A prompt of a random kind for a `Scene` with at least one object; mix: kind -> share, of any sum."""
+def choose_prompt(scene: Scene, rng: np.random.Generator, mix: Mapping[str, float] = TRAINING_MIX) -> ScenePrompt:
+    """A prompt of a random kind for a scene with at least one object; mix: kind -> share, of any sum."""
     shares = np.array(list(mix.values()))
     kind = str(rng.choice(list(mix), p=shares / shares.sum()))
     return make_prompt(kind, scene, rng) or make_prompt("box", scene, rng)
 
 
-def make_prompt(kind: str, scene: Any, rng: np.random.Generator) -> ScenePrompt | None:
+def make_prompt(kind: str, scene: Scene, rng: np.random.Generator) -> ScenePrompt | None:
     """A prompt of this kind; None where the scene has no room for it.
 
     An exemplar stands for its whole kind: all objects of its shape, colour and texture are wanted. A negative one takes
@@ -97,7 +97,7 @@ def doubtful(name: Name, objects: Sequence[Kind]) -> np.ndarray:
     return np.array([unseen(kind) for kind in objects], bool)
 
 
-def same_kind(objects: Sequence[Any], index: int) -> np.ndarray:
+def same_kind(objects: Sequence[Kind], index: int) -> np.ndarray:
     """N bool: the objects of the kind of `index`, itself among them."""
     return np.array([other == objects[index] for other in objects])
 

@@ -18,6 +18,7 @@ RETIRED = {
     **from_scratch.RETIRED,
     "DATA.IMG_SIZE": "it follows from MODEL.PRESET",
     "DISTILL": "there is no teacher",
+    "TRAIN.CHANNELS_LAST": "the tracker works on tokens, not on images",
 }
 MINIMA = {
     "DATA.NUM_CLIPS": 1,
@@ -36,7 +37,7 @@ def defaults() -> CfgNode:
     c.MODEL.TRAIN_NECK = True  # train the second neck too, which the tracker and clicks use
 
     draws = ClipDraws()
-    c.DATA.BATCH_SIZE = 2  # clips per process and step
+    c.DATA.BATCH_SIZE = 2  # clips per process and micro-batch
     c.DATA.NUM_CLIPS = 3600  # of an epoch; each epoch has clips of its own
     # Of a clip in the first epoch, the second, ..., and the last number also in all that follow. 8 is the least that
     # trains the codes of all frames in memory.

@@ -88,7 +88,9 @@ class SupervisedTracker(nn.Module):
         return self
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Embeddings and codes."""
+        """Embeddings and codes; and, as parts of names, the mask decoder's attention between tokens and the image
+        (cross_attn_token_to_image and the like). All of it is trained by AdamW without decay, with the optimizer `muon`
+        too (see `sam3.engine.muon`)."""
         return ("_embed", "_token", "mask_tokens", "tpos_enc", "no_obj_ptr", "no_mem")
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:

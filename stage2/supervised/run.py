@@ -26,8 +26,10 @@ from stage2.supervised.dataset import SceneClips, ValidationClips
 from stage2.supervised.model import SupervisedTracker
 from stage2.supervised.validation import ClipValidator
 
-# Going on with another value of one of these would mean something else.
+# How clips are loaded and validated on, not which are trained on.
 HOW = ("DATA.BATCH_SIZE", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.NUM_VAL_")
+# Going on with another value of one of these would mean something else. As in the other stages, a run's length, batch
+# and learning rates may be changed on the way.
 RESUME_KEYS = (
     *("PHASE", "SEED", "MODEL.PRESET", "MODEL.TRAIN_NECK", "TRAIN.OPTIMIZER.NAME"),
     *(key for key in leaf_keys(defaults()) if key.startswith(("DATA.", "LOSS.")) and not key.startswith(HOW)),
@@ -68,7 +70,7 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
         sampler=sampler,
         make_loader=lambda: loader_from_config(config, train_dataset, sampler, world.device),
         make_validator=make_validator,
-        load_weights=lambda path: load_for_any_size(model, path),
+        load_weights=lambda path: load_for_any_size(model, path, OUTSIDE),
         start_from=None if missing_in_plan else lambda: take_image_model(model, pretrained),
         meta={"phase": config.PHASE, "preset": config.MODEL.PRESET},
         resume_keys=RESUME_KEYS,

@@ -34,7 +34,7 @@ class ClipValidator:
     val/click_iou      IoU of the mask that the click gives in the first frame
     val/presence       share of the frames in which it is rightly said whether a clicked object is there
     val/absence        the same of the frames in which it is not there; NaN if there are none
-    val/target         val/jf_click: 0.75 is the aim
+    val/target         val/jf_click
     """
 
     def __init__(self, model: SupervisedTracker, loader: PictureLoader[SceneClipBatch], world: World) -> None:

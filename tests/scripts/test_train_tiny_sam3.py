@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from sam3.engine.weights import load_weights
+from distillation.supervised.card import TrainingRecord
+from sam3.engine.weights import load_weights, save_weights
 from sam3.model_builder import build_sam3_image_model
 from sam3.tracker_builder import build_video_model
 from scripts import train_tiny_sam3
@@ -48,6 +49,37 @@ def test_a_checkpoint_becomes_a_file_of_half_precision(teacher_file, tmp_path, c
         expected = tensor.half() if tensor.dtype == torch.float32 else tensor
         assert half[key].dtype == expected.dtype and torch.equal(half[key], expected)
     assert half["detector.backbone.vision_backbone.trunk.blocks.0.attn.freqs_cis"].dtype == torch.complex64
+
+
+def test_a_file_says_what_its_checkpoint_says_of_itself(tmp_path):
+    """And no more: weights from elsewhere are not said to be of the tiny preset."""
+    tensors = {"detector.weight": torch.ones(2), "outlines.weight": torch.ones(2)}
+    said = {}
+    for name, meta in (("own", {"phase": "tracker", "preset": "tiny"}), ("foreign", {})):
+        save_weights(tmp_path / f"{name}.pth", tensors, meta)
+        assert main(["--export", str(tmp_path / f"{name}.pth"), "--to", str(tmp_path / f"{name}.safetensors")]) == 0
+        found = load_weights(tmp_path / f"{name}.safetensors")
+        assert set(found.tensors) == {"detector.weight"}
+        said[name] = found.meta["trained"]
+    assert said == {"own": {"on": "generated scenes", "preset": "tiny"}, "foreign": {"on": "generated scenes"}}
+
+
+@pytest.mark.parametrize("value", [7e4, float("nan")])
+def test_what_half_precision_cannot_hold_is_not_written(tmp_path, value):
+    checkpoint, target = tmp_path / "ckpt.pth", tmp_path / "tiny.safetensors"
+    save_weights(checkpoint, {"tracker.a": torch.ones(2), "tracker.b": torch.tensor([1.0, value])})
+    with pytest.raises(ValueError, match=r"tracker\.b of .*ckpt\.pth .* float16"):
+        main(["--export", str(checkpoint), "--to", str(target)])
+    assert not target.exists()
+
+
+def test_an_export_names_its_file(monkeypatch, teacher_file, tmp_path):
+    """The committed one is not replaced by accident."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--export writes a file: name it with --to"):
+        main(["--export", str(teacher_file)])
+    assert not list(tmp_path.iterdir())
+    assert full_parser().parse_args([]).to == Path("sam3_checkpoints/sam3_tiny.safetensors")
 
 
 def test_half_precision_is_read_as_float32(teacher_file, tmp_path):
@@ -105,6 +137,41 @@ def test_phases_follow_each_other(monkeypatch, tmp_path):
     assert all(words[words.index("--seed") + 1] == "7" for words in ran)
 
 
+@pytest.fixture
+def finished(monkeypatch, teacher_file, tmp_path):
+    """Flags of a program whose phases are done."""
+    (tmp_path / "tracker").mkdir()
+    (tmp_path / "tracker/ckpt_latest.pth").write_bytes(teacher_file.read_bytes())
+    ended = type("Ended", (), {"returncode": 0})
+    monkeypatch.setattr(train_tiny_sam3.subprocess, "run", lambda words, check: ended)
+    record = TrainingRecord(1, 1.0, 1, "2 CPU cores", "2.9", 1)
+    monkeypatch.setattr(train_tiny_sam3, "training_record", lambda folder: record)
+    return ["--output", str(tmp_path), "--processes", "1", "--to", str(tmp_path / "made/tiny.safetensors")]
+
+
+def test_a_file_that_cannot_be_measured_replaces_nothing(monkeypatch, finished, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/tiny.safetensors").write_text("older")
+
+    def fail(phase, path, args):
+        assert load_weights(path).tensors
+        raise RuntimeError("no measure")
+
+    monkeypatch.setattr(train_tiny_sam3, "measure", fail)
+    with pytest.raises(RuntimeError, match="no measure"):
+        main(finished)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["tiny.safetensors"]
+    assert (tmp_path / "made/tiny.safetensors").read_text() == "older"
+
+
+def test_a_measured_file_lies_beside_its_page(monkeypatch, finished, tmp_path):
+    monkeypatch.setattr(train_tiny_sam3, "measure", lambda phase, path, args: {"val/jf_click": 0.5})
+    assert main(finished) == 0
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["tiny.md", "tiny.safetensors"]
+    assert load_weights(tmp_path / "made/tiny.safetensors").tensors
+    assert "| 0.500 | 0.75 |" in (tmp_path / "made/tiny.md").read_text()
+
+
 @pytest.mark.slow
 def test_all_phases(tmp_path, capsys):
     configs, target = write_configs(tmp_path / "configs"), tmp_path / "tiny.safetensors"
@@ -120,6 +187,16 @@ def test_all_phases(tmp_path, capsys):
     file = load_weights(target).tensors
     assert set(whole) == set(file) and set(MEASURED) < set(PHASES)
     assert build_video_model(target, device="cpu").tracker.config.img_size == 224
+
+
+@pytest.mark.parametrize("content", ["PHASE: words\nLOSS: {WORD_WEIGHT: 1.0}\n", "SEED: 3\n"])
+def test_the_phase_asked_for_is_trained(monkeypatch, tmp_path, content):
+    """Whatever a file of one's own says, or does not say."""
+    (tmp_path / "own.yaml").write_text(content)
+    monkeypatch.setattr(
+        train_tiny_sam3, "run_stage", lambda argv, parser, load, build: load(parser.parse_args(argv)).PHASE
+    )
+    assert main(["--phase", "closeup", "--cfg", str(tmp_path / "own.yaml")]) == "closeup"
 
 
 def test_a_missing_config_is_named(tmp_path):

@@ -87,6 +87,7 @@ def load(
     for what cannot work."""
     choices = {**recipe.STEP_CHOICES, **choices}
     config = stage_config.load(args, own, FLAGS, retired=retired, choices=choices)
+    stage_config.refuse_idle_keys(config, own, recipe.STEP_CONDITIONS)
     steps = {key: least for key, least in recipe.STEP_MINIMA.items() if _kept(key, retired)}
     stage_config.check_minima(config, {**steps, **minima})
     recipe.check_steps(config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distillation.supervised.batch import ClickRows, SceneBatch
-from distillation.supervised.evaluation import SceneValidator, box_ious, enlarged, ious_of
+from distillation.supervised.evaluation import SceneValidator, WordValidator, box_ious, enlarged, ious_of
 from sam3.engine.distributed import World
 
 SIDE, CELLS = 8, 4
@@ -148,6 +148,41 @@ def test_rejection_that_falls_short_counts():
     }
     found = SceneValidator(bold, [make_batch()], World(0, 1, 0, torch.device("cpu")))(0, 0)
     assert found["val/rejected"] == 0 and found["val/target"] == pytest.approx(0.75 - 0.9)
+
+
+class Words:
+    """In the place of SupervisedSam3: gives what batches say of themselves."""
+
+    def embed(self, batch):
+        return None
+
+    def name_map(self, grid):
+        return None
+
+    def word_term(self, seen, batch):
+        return torch.zeros(()), {part: torch.tensor(share) for part, share in batch.shares.items()}
+
+
+def named(words, **shares: float) -> SimpleNamespace:
+    """A batch; words: of each image its objects' places in WORDS."""
+    return SimpleNamespace(words=torch.tensor(words), shares=shares)
+
+
+def test_single_words_are_counted_whatever_the_batches():
+    """Three plain objects and padding, of which 2 shapes and 3 colours are named; one textured, named but for its
+    shape: 2 of 4, 4 of 4, 1 of 1. Means of the batches' shares would be 1/3, 1 and 1/2."""
+    padding = [-1, -1, -1]
+    plain = named([[[0, 1, -1], [1, 1, -1]], [[2, 0, -1], padding]], shape=2 / 3, colour=1.0, texture=0.0)
+    textured = named([[[0, 1, 2]]], shape=0.0, colour=1.0, texture=1.0)
+    found = WordValidator(Words(), [plain, textured], World(0, 1, 0, torch.device("cpu")))(0, 0)
+    wanted = {"val/shape_named": 0.5, "val/colour_named": 1, "val/texture_named": 1, "val/target": 0.5}
+    assert found == pytest.approx(wanted)
+
+
+def test_words_that_nothing_is_called_by_are_left_out():
+    plain = named([[[0, 1, -1], [1, 1, -1]]], shape=0.5, colour=1.0, texture=0.0)
+    found = WordValidator(Words(), [plain], World(0, 1, 0, torch.device("cpu")))(0, 0)
+    assert found == pytest.approx({"val/shape_named": 0.5, "val/colour_named": 1, "val/target": 0.5})
 
 
 def test_masks_are_enlarged_by_their_logits():

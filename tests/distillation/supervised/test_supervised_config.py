@@ -64,11 +64,36 @@ def test_weights_come_from_the_config(tmp_path: Path):
         ("DATA.MIX.text", -0.1, "DATA.MIX wants shares from 0"),
         ("DATA.MIX.sound", 1.0, "DATA.MIX.sound"),
         ("LOSS.mask_dice", -2.0, "must not be negative: mask_dice"),
+        ("DATA.IMG_SIZE", 111, "DATA.IMG_SIZE is 111, but .* 112 to 224 px, in multiples of 14"),
+        ("DATA.IMG_SIZE", 98, "DATA.IMG_SIZE is 98, but"),
+        ("DATA.IMG_SIZE", 238, "DATA.IMG_SIZE is 238, but"),
+        (
+            "MODEL.PRESET",
+            "full",
+            r"DATA.IMG_SIZE is 224, but .* 504 to 1008 px, .* \(MODEL.PRESET full\)",
+        ),
+        ("TRAIN.OPTIMIZER.MATRIX_LR", 2.0, "TRAIN.OPTIMIZER.MATRIX_LR is 2.0, but it acts only with .* muon"),
+        ("TRAIN.OPTIMIZER.MOMENTUM", 0.8, "TRAIN.OPTIMIZER.MOMENTUM is 0.8, but it acts only with .* sgd"),
     ],
 )
 def test_what_cannot_work_is_refused(plain: Path, key: str, value: object, message: str):
     with pytest.raises((ValueError, KeyError), match=message):
         load(plain, "--opts", key, value)
+
+
+def test_keys_that_cannot_act_are_refused(plain: Path):
+    with pytest.raises(ValueError, match=r"TRAIN\.MIN_LR is 0\.1, but it acts only with .*LR_SCHEDULER\.NAME cosine"):
+        load(plain, "--opts", "TRAIN.LR_SCHEDULER.NAME", "linear", "TRAIN.MIN_LR", 0.1)
+    with pytest.raises(ValueError, match=r"TRAIN\.EFFECTIVE_BATCH is 64, but it acts only with TRAIN\.ACCUMULATION"):
+        load(plain, "--opts", "TRAIN.ACCUMULATION_STEPS", 1, "TRAIN.EFFECTIVE_BATCH", 64)
+    config = load(plain, "--opts", "TRAIN.OPTIMIZER.NAME", "muon", "TRAIN.OPTIMIZER.MATRIX_LR", 2.0)
+    assert config.TRAIN.OPTIMIZER.MATRIX_LR == 2
+
+
+@pytest.mark.parametrize("size", range(112, 225, 14))
+def test_sizes_of_scenes(plain: Path, size: int):
+    config = load(plain, "--opts", "DATA.IMG_SIZE", size)
+    assert size == config.DATA.IMG_SIZE
 
 
 def test_every_minimum_is_one_of_its_keys():

@@ -1,4 +1,4 @@
-"""The model of a phase: the same at another size, and what it takes from the phase before."""
+"""The model of a phase, the same at another size and after the phase before; runs that are stopped and resumed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from distillation.supervised import config as supervised_config
+from distillation.supervised import run
 from distillation.supervised.model import SupervisedSam3
 from distillation.supervised.run import build_model
+from sam3.engine import checkpoint
 from sam3.engine.from_scratch import OUTSIDE
+from sam3.engine.training_run import run_stage
 from sam3.engine.weights import load_for_any_size
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,3 +75,25 @@ def test_what_is_no_part_of_sam3_may_be_missing(tmp_path: Path):
     assert torch.equal(again.state_dict()[key], own[key])
     with pytest.raises(ValueError, match="outlines"):
         load_for_any_size(build("words"), tmp_path / "plain.pth")
+
+
+def train(phase: str, output: Path, *flags: str) -> Path:
+    """The phase's last checkpoint after three steps with batches of two scenes; each step is kept."""
+    flags = (*flags, "--output", str(output), "--device", "cpu", "--max-steps", "3", "--batch-size", "2")
+    opts = ("DATA.NUM_VAL_SCENES=2", "TRAIN.EFFECTIVE_BATCH=2", "TRAIN.WARMUP_STEPS=1", "TRAIN.SAVE_INTERVAL=1")
+    words = ["--cfg", str(ROOT / "configs" / f"tiny_sam3_{phase}.yaml"), *flags, "--opts", *opts, "TENSORBOARD=False"]
+    assert run_stage(words, supervised_config.make_parser(""), supervised_config.load, run.build_run) == 0
+    return output / checkpoint.LATEST
+
+
+@pytest.mark.parametrize("phase", ["words", "closeup"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(phase: str, tmp_path: Path):
+    last = train(phase, tmp_path / "whole")
+    first = tmp_path / "whole/ckpt_step_1.pth"
+    again = train(phase, tmp_path / "resumed", "--resume", str(first))
+    before, wanted, found = map(checkpoint.load, (first, last, again))
+    assert (before["step"], wanted["step"], found["step"]) == (1, 3, 3)
+    assert not all(torch.equal(tensor, before["model"][key]) for key, tensor in wanted["model"].items())
+    assert set(wanted["model"]) == set(found["model"])
+    for key, tensor in wanted["model"].items():
+        assert torch.equal(tensor, found["model"][key]), key

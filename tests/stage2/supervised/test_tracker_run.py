@@ -78,6 +78,16 @@ def test_evaluation_and_plan(finished: Path, image_model: Path, tmp_path: Path, 
     assert not (tmp_path / "none").exists()
 
 
+def test_checkpoints_of_the_image_phases_can_be_evaluated(
+    image_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """They hold heads for outlines, which no SAM3 has."""
+    tensors = {**load_weights(image_model).tensors, "outlines.turn.weight": torch.zeros(3, 64)}
+    torch.save({"model": tensors}, tmp_path / "image.pth")
+    assert train(image_model, tmp_path / "out", "--eval", "--resume", str(tmp_path / "image.pth")) == 0
+    assert "val/target" in capsys.readouterr().out
+
+
 def _train(argv: list[str]) -> int:
     weights, output = map(Path, argv)
     return train(weights, output, DATA__NUM_CLIPS=8, TRAIN__MAX_STEPS=2)
@@ -117,6 +127,8 @@ def test_weights_come_from_checkpoints_and_from_files_of_half_precision(
         ("LOSS.FOCAL=-1.0", r"LOSS\.FOCAL must be at least 0, got -1"),
         ("DATA.IMG_SIZE=112", r"DATA\.IMG_SIZE .*cannot be set: it follows from MODEL\.PRESET"),
         ("PHASE=image", r"PHASE is 'image'; choose one of tracker"),
+        ("TRAIN.CHANNELS_LAST=True", r"TRAIN\.CHANNELS_LAST .*cannot be set: "),
+        ("TRAIN.OPTIMIZER.MATRIX_LR=2.0", r"TRAIN\.OPTIMIZER\.MATRIX_LR is 2\.0, but it acts only with .* muon"),
     ],
 )
 def test_settings_that_cannot_work(image_model: Path, setting: str, message: str):
