@@ -8,11 +8,14 @@ only. Any data set in the SA-1B layout will do; phrases come from annotation fil
 data/make_sample_sa1b.py --scenes. All goes the way of scripts/predict.py, in float32; all models are asked the same:
 
 text      of every object that a phrase means: IoU of the mask assigned to it among those with a score above one half,
-          so that the sum is largest; 0 if there is none. found: the same over the objects that have a mask; taught:
-          over the phrases that the exported students were taught, who know no others; any: with the masks of the
-          ANY best queries, whatever their scores
+          so that the sum is largest; 0 if there is none
+precision share of these masks that were assigned with an IoU of at least one half: a mean over the phrases that are
+          true of something and for which there is a mask
+taught    as text, of the phrases that the exported students were taught, who know no others, and with the masks of the
+          best queries whatever their scores: as many as objects are meant, so that a guess too many costs a right one
 rejected  share of the absent phrases for which nothing scores above one half
-box       IoU of the object in an exemplar box: the mask of the query whose box fits that box best
+box       IoU of the object in an exemplar box: the mask of the query whose box fits that box best, whatever its score;
+          found: share of these scores that are above one half
 click     IoU of the likeliest of three masks for one click into the middle of an object
 cosine    of the trunk's map to the first model's, where both see the same pixels and maps have one shape
 image ms  median time of a picture's encoding, which all its prompts share; speed-up: against the first model
@@ -57,16 +60,16 @@ KINDS = ("text", "box", "click")  # rows of the picture take turns
 SHARES = {
     "cosine": "cosine",
     "text_iou": "text IoU",
-    "text_found_iou": "found",
-    "text_taught_iou": "taught",
-    "text_any_iou": "any",
+    "text_precision": "precision",
+    "text_taught_any_iou": "taught",
     "rejected": "rejected",
     "box_iou": "box IoU",
+    "box_found": "found",
     "click_iou": "click IoU",
 }
 ASKED = "asked, and the truth"  # title of its first column
 PANEL_WIDTH = 320  # pixels
-ANY = 50  # queries of which masks are made where scores do not count
+RIGHT = 0.5  # least IoU of a mask that counts as right
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Model:
             "name": self.name,
             "checkpoint": str(self.path),
             "kind": "SAM3's layout" if self.clicker else "distilled student",
-            **{name: float(np.mean(values[name])) if values[name] else None for name in (*SHARES, "box_found")},
+            **{name: float(np.mean(values[name])) if values[name] else None for name in SHARES},
             **self.num_parameters,
             **{name: float(np.median(values[name])) if values[name] else None for name in ("image_ms", "phrase_ms")},
             "file_bytes": self.path.stat().st_size,
@@ -254,9 +257,10 @@ def answer(model: Model, state: dict, clicks: dict | None, question: Question, t
     if question.kind == "text":
         timed(model, "phrase_ms", lambda: model.processor.set_prompts(state, text=question.text))
         masks = state["masks"][:, 0].cpu()
-        score_phrase(model.values, masks, truth, question.taught)
-        if question.wanted:
-            model.values["text_any_iou"] += object_ious(best_masks(model.processor, state), truth)
+        score_phrase(model.values, masks, truth)
+        if question.wanted and question.taught:
+            best = best_masks(model.processor, state, len(truth))
+            model.values["text_taught_any_iou"] += object_ious(assign(best, truth), len(truth))
         return masks
     if clicks is None:
         return None
@@ -270,31 +274,31 @@ def answer(model: Model, state: dict, clicks: dict | None, question: Question, t
     return mask[None]
 
 
-def score_phrase(values: dict[str, list[float]], masks: Tensor, truth: Tensor, taught: bool) -> None:
+def score_phrase(values: dict[str, list[float]], masks: Tensor, truth: Tensor) -> None:
     """masks: bool `(K, H, W)` of what was found, truth: bool `(n, H, W)` of what was meant."""
     if not len(truth):
         values["rejected"].append(float(not len(masks)))
         return
-    ious = object_ious(masks, truth)
-    values["text_iou"] += ious
-    values["text_found_iou"] += [iou for iou in ious if iou > 0]
-    values["text_taught_iou"] += ious if taught else []
+    pairs = assign(masks, truth)
+    values["text_iou"] += object_ious(pairs, len(truth))
+    if len(masks):
+        values["text_precision"].append(sum(iou >= RIGHT for *_, iou in pairs) / len(masks))
 
 
-def best_masks(processor: Sam3Processor, state: dict) -> Tensor:
-    """bool `(K, H, W)` of the ANY best queries for the prompt in `state`, whose results they replace."""
+def best_masks(processor: Sam3Processor, state: dict, count: int) -> Tensor:
+    """bool `(count, H, W)` of the best queries for the prompt in `state`, whose results they replace."""
     threshold, top_k = processor.confidence_threshold, processor.top_k
-    processor.top_k = ANY
+    processor.top_k = count
     processor.set_confidence_threshold(0, state)
     processor.top_k = top_k
     processor.set_confidence_threshold(threshold)
     return state["masks"][:, 0].cpu()
 
 
-def object_ious(masks: Tensor, truth: Tensor) -> list[float]:
-    """Of each object, n: IoU of the mask assigned to it, 0 without one."""
-    own = [0.0] * len(truth)
-    for _, wanted, iou in assign(masks, truth):
+def object_ious(pairs: list[tuple[int, int, float]], count: int) -> list[float]:
+    """Of each of `count` objects: IoU of the mask that `assign` gave it, 0 without one."""
+    own = [0.0] * count
+    for _, wanted, iou in pairs:
         own[wanted] = iou
     return own
 

@@ -8,7 +8,9 @@ Takes `sam3.pt`, files with a student or a compressed memory merged into it, and
 its truth where it is first seen in an annotated frame; all frames are tracked, and the annotated ones are scored but
 for an object's first and last. Video i goes to process i mod the number of processes. The same command goes on after
 any interruption: videos whose result was made by the same weights and options on the same device are passed over.
-Where masks are kept, the table also tells how well each model's agree with those of the first checkpoint.
+Where masks are kept, the table also tells how well each model's agree with those of the first checkpoint. With
+--untrained, a row comes before the first checkpoint with a compressed memory: the same with that memory as Stage 2's
+training finds it.
 
 In the output folder: results.json; of each model <name>/results/<video>.json and, for the videos of the overlays or
 with --save-masks for all, PNG masks in a tree like the truth's; overlays/ with truth and models side by side.
@@ -20,7 +22,7 @@ import argparse
 import logging
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,25 +35,34 @@ from sam3.engine.cli import make_parser, run_main
 from sam3.engine.distributed import World
 from sam3.engine.vos_folders import AnnotatedVideo, list_annotated_videos
 from sam3.engine.vos_metrics import RULES, evaluate_sequence
+from sam3.engine.weights import digest, load_weights
 from sam3.model.sam3_video_predictor import Sam3VideoPredictor
-from sam3.tracker_builder import build_video_model
+from sam3.model.tracker import Sam3Tracker
+from sam3.tracker_builder import COMPRESSED_MEMORY, build_memory, build_video_model
+from stage2.frozen_parts import tracker_meta
 from stage2.vos_pictures import predictions_of, save_masks, write_overlay
 from stage2.vos_results import PARTS, Result, agreement, millions, read_result, summary, table, write_result
 from stage2.vos_tracking import PROMPTS, check_video, track_video
 
 TIMEOUT = timedelta(days=14)  # the processes meet again only at the end, where the fastest waits for the slowest
+UNTRAINED = "{}, untrained"  # name of the row
 RESERVED = ("overlays", "results.json")  # beside the models' folders
 logger = logging.getLogger("sam3.stage2")
 
 
 @dataclass
 class Entry:
-    """A checkpoint to evaluate. parameters: of PARTS."""
+    """A checkpoint to evaluate. parameters: of PARTS.
+
+    untrained: None, or its compressed memory is to be as training finds it; then `sha256` is of that memory's values,
+    and `layers` the dense checkpoint whose layers are in it, None if they are random.
+    """
 
     name: str
     checkpoint: Path
     sha256: str
     parameters: dict[str, int]
+    untrained: dict[str, str | None] | None = None
 
 
 @dataclass
@@ -82,6 +93,7 @@ class Evaluation:
         """What a result depends on."""
         return {
             "sha256": entry.sha256,
+            **({"untrained": entry.untrained["sha256"]} if entry.untrained else {}),
             "data": str(self.args.data.resolve()),
             "layout": self.args.layout,
             "split": self.args.split,
@@ -102,6 +114,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoints", type=Path, nargs="+", required=True, help="sam3.pt, merged checkpoints, tiny ones")
     add("--names", nargs="+", help="of the checkpoints in table and output folder (default: their file names)")
+    add("--untrained", action="store_true",
+        help="also a row '<name>, untrained' of the first compressed memory: a random Perceiver, and layers of the "
+        "first dense checkpoint with the same neck and tracker; without one, random layers")  # fmt: skip
     add("--data", type=Path, required=True, help="data set, the folder above JPEGImages*")
     add("--layout", choices=RULES, default="sav", help="folders and rule of the data set")
     add("--split", default="val", help="list of videos: sav_<split>.txt, or ImageSets/2017/<split>.txt")
@@ -118,6 +133,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.names = args.names or [path.stem for path in args.checkpoints]
     if len(args.names) != len(args.checkpoints):
         parser.error(f"{len(args.names)} --names for {len(args.checkpoints)} --checkpoints")
+    if args.untrained and (taken := [name for name in args.names if UNTRAINED.format(name) in args.names]):
+        parser.error(f"{UNTRAINED.format(taken[0])!r} is what --untrained calls a row; choose another of the --names")
     if len(set(args.names)) < len(args.names):
         parser.error(f"two checkpoints of one name ({', '.join(args.names)}); tell them apart by --names")
     if wrong := [name for name in args.names if Path(name).name != name or name.startswith(".") or name in RESERVED]:
@@ -143,7 +160,7 @@ def prepare(args: argparse.Namespace, world: World) -> Evaluation:
     listing = list_annotated_videos(args.data, args.split, args.layout)[: args.max_videos]
     entries = None
     if world.is_main:
-        entries = [describe(name, path) for name, path in zip(args.names, args.checkpoints, strict=True)]
+        entries = describe_all(args)
     evaluation = Evaluation(args, world, distributed.broadcast_object(entries), listing)
     for place, video in list(enumerate(listing))[world.rank :: world.size]:
         try:
@@ -154,6 +171,46 @@ def prepare(args: argparse.Namespace, world: World) -> Evaluation:
     logger.info(f"videos  {len(listing)} of {args.data} ({args.layout}, {args.split}), prompts: {args.prompt}")
     logger.info(f"device  {evaluation.device_name}, {precision(evaluation.amp_dtype)}, {world.size} process(es)")
     return evaluation
+
+
+def describe_all(args: argparse.Namespace) -> list[Entry]:
+    """In order; before the first with a compressed memory, if asked for, the same untrained."""
+    entries = [describe(name, path) for name, path in zip(args.names, args.checkpoints, strict=True)]
+    if not args.untrained:
+        return entries
+    weights = [load_weights(path) for path in args.checkpoints]
+    place = next((i for i, file in enumerate(weights) if "memory" in file.meta), None)
+    if place is None:
+        raise ValueError("none of the checkpoints has a compressed memory; leave out --untrained")
+    frozen = tracker_meta(weights[place])
+    dense = (str(file.path) for file in weights if "memory" not in file.meta and tracker_meta(file) == frozen)
+    entries.insert(place, untrained(entries[place], next(dense, None)))
+    return entries
+
+
+def untrained(entry: Entry, layers: str | None) -> Entry:
+    """The row of a checkpoint before its memory was trained; see `Entry`."""
+    tracker = build_video_model(entry.checkpoint, device="cpu", with_trunk=False).tracker
+    forget_memory(tracker, layers)
+    values = {key: value for key, value in tracker.state_dict().items() if key.startswith(COMPRESSED_MEMORY)}
+    name = UNTRAINED.format(entry.name)
+    logger.info(
+        f"model   {name}: {f'layers of {layers}' if layers else 'random layers'}, a random Perceiver if it has one"
+    )
+    return replace(entry, name=name, untrained={"sha256": digest(values), "layers": layers})
+
+
+def forget_memory(tracker: Sam3Tracker, layers: str | None) -> None:
+    """Gives the tracker a new compressed memory, on the CPU: values of one fixed seed, layers of a dense checkpoint."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        memory = build_memory(tracker.config, tracker.config.memory)
+    if layers is not None:
+        teacher = build_video_model(layers, device="cpu", with_trunk=False).tracker
+        memory.attention.init_from_teacher(teacher.transformer.encoder)
+    tracker.memory, tracker.memory_attention = memory, memory.attention
+    if memory.perceiver is not None:
+        tracker.spatial_perceiver = memory.perceiver
 
 
 def describe(name: str, path: Path) -> Entry:
@@ -175,6 +232,9 @@ def num_parameters(module: nn.Module | None) -> int:
 def load_predictor(entry: Entry, device: torch.device, amp_dtype: torch.dtype | None) -> Sam3VideoPredictor:
     """Nobody clicks on tracked frames here, so that they need not be kept."""
     model = build_video_model(entry.checkpoint, device)
+    if entry.untrained:
+        forget_memory(model.tracker, entry.untrained["layers"])
+        model.to(device).eval()
     return Sam3VideoPredictor(model, autocast_dtype=amp_dtype, keep_logits=False)
 
 
@@ -279,7 +339,7 @@ def finish(evaluation: Evaluation) -> int:
 
 def compare_masks(evaluation: Evaluation) -> None:
     """Note in each result of this process how well the masks agree with the first model's, if both kept theirs."""
-    args, first = evaluation.args, evaluation.entries[0]
+    args, first = evaluation.args, next(entry for entry in evaluation.entries if not entry.untrained)
     for entry in evaluation.entries:
         for _, video in evaluation.videos:
             names = (entry.name, first.name)

@@ -136,7 +136,8 @@ def read_score(entry: Mapping[str, Any]) -> ObjectScore:
 def table(document: Mapping[str, Any]) -> str:
     """The figures of results.json as aligned lines; J, F and the agreement are in percent."""
     models = document["models"]
-    agreed = {row["name"]: row["num_agreement_videos"] for row in models[1:]}
+    first = next(row for row in models if not row["untrained"])
+    agreed = {row["name"]: row["num_agreement_videos"] for row in models if row is not first}
     agreement_width = _width("agreement") if any(agreed.values()) else 0  # 0: there is nothing to compare
     width = max(5, *(len(row["name"]) for row in models))
     head = f"{'model':<{width}}" + "".join(f"{label:>{_width(label)}}" for label in PARTS.values())
@@ -157,7 +158,7 @@ def table(document: Mapping[str, Any]) -> str:
         lines += [f"{row['name']}: {row['num_unscored']} objects have no frame to score"] if row["num_unscored"] else []
     if agreement_width:
         counts = ", ".join(f"{name}: {count}" for name, count in agreed.items())
-        lines.append(f"agreement is J against the masks of {models[0]['name']}; videos with masks of both: {counts}")
+        lines.append(f"agreement is J against the masks of {first['name']}; videos with masks of both: {counts}")
     lines.append(
         f"J&F by the rule of {document['layout']}, prompts: {document['prompt']}; FPS of one process on "
         f"{document['device']} in {document['precision']}, image encoder included"

@@ -14,7 +14,7 @@ from PIL import Image
 from data import make_sample_sa1b
 from distillation.export import export_student
 from distillation.models.efficient_sam3 import EfficientSAM3, EfficientSAM3Config
-from distillation.questions import make_task
+from distillation.questions import Question, Task, make_task
 from sam3.backbones.student import build_student
 from sam3.engine.sa1b import annotation_path
 from sam3.engine.weights import load_weights, save_weights
@@ -111,18 +111,20 @@ def test_masks_are_assigned_so_that_the_sum_is_largest():
 
 
 def test_scores_of_phrases():
-    assert object_ious(strips((0, 4), (7, 8)), strips((5, 6), (0, 5))) == pytest.approx([0, 0.8])
+    assert object_ious(assign(strips((0, 4), (7, 8)), strips((5, 6), (0, 5))), 2) == pytest.approx([0, 0.8])
     values = defaultdict(list)
-    score_phrase(values, strips((0, 4), (7, 8)), strips((0, 5), (5, 6)), taught=True)  # the second object is missed
+    score_phrase(values, strips((0, 4), (7, 8)), strips((0, 5), (5, 6)))  # the second object is missed
     assert values["text_iou"] == pytest.approx([0.8, 0])
-    assert values["text_found_iou"] == pytest.approx([0.8])
-    assert values["text_taught_iou"] == values["text_iou"]
-    score_phrase(values, strips(), strips((0, 5)), taught=False)
+    score_phrase(values, strips(), strips((0, 5)))
     assert values["text_iou"] == pytest.approx([0.8, 0, 0])
-    assert len(values["text_taught_iou"]) == 2
-    score_phrase(values, strips((0, 1)), strips(), taught=False)
-    score_phrase(values, strips(), strips(), taught=False)
+    score_phrase(values, strips((0, 1)), strips())
+    score_phrase(values, strips(), strips())
     assert values["rejected"] == [0, 1]
+    # One of two masks is right, the phrases without any do not count; then two of three, one of them just so, and none.
+    assert values["text_precision"] == [0.5]
+    score_phrase(values, strips((0, 4), (6, 7), (8, 9)), strips((0, 4), (6, 8)))
+    score_phrase(values, strips((0, 2)), strips((0, 5)))
+    assert values["text_precision"] == pytest.approx([0.5, 2 / 3, 0])
 
 
 def test_a_box_gets_the_mask_of_the_query_that_fits_it(teacher_file: Path):
@@ -139,15 +141,31 @@ def test_a_box_gets_the_mask_of_the_query_that_fits_it(teacher_file: Path):
     assert score == pytest.approx(state["scores"][best].item())
 
 
-def test_masks_whatever_their_scores(teacher_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_best_masks_whatever_their_scores(teacher_file: Path):
     processor = evaluate_prompts.load_model("x", teacher_file, torch.device("cpu")).processor
     state = processor.set_image(torch.zeros(3, 40, 50, dtype=torch.uint8))
     processor.set_text_prompt("circle", state)
     scores = processor._query_scores(state["outputs"])
-    monkeypatch.setattr(evaluate_prompts, "ANY", 3)
-    assert best_masks(processor, state).shape == (3, 40, 50)
+    assert best_masks(processor, state, 3).shape == (3, 40, 50)
     assert torch.equal(state["scores"].sort().values, scores.sort().values[-3:])
     assert (processor.confidence_threshold, processor.top_k) == (0.5, None)
+
+
+def test_a_query_that_is_right_counts_only_if_it_is_among_the_best(teacher_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else a model that ignores the phrase would be right by whichever of its many masks fits."""
+    model = evaluate_prompts.load_model("x", teacher_file, torch.device("cpu"))
+    objects = torch.zeros(3, 30, 30, dtype=torch.bool)
+    for row, mask in enumerate(objects):
+        mask[10 * row : 10 * row + 10] = True
+    scores = torch.tensor([0.9, 0.2, 0.1] + 17 * [0.0])  # whatever is asked; the mask of query i is object i
+    monkeypatch.setattr(model.processor, "_query_scores", lambda outputs: scores)
+    monkeypatch.setattr(model.processor, "_mask_probabilities", lambda outputs, kept, size: 1.0 * objects[kept, None])
+    phrases = [Question("text", [1], "circle", True), Question("text", [2, 0], "drop", True)]
+    phrases += [Question("text", [0], "red drop", False), Question("text", [], "star", True)]
+    task = Task(torch.zeros(3, 30, 30, dtype=torch.uint8), phrases, dict(enumerate(objects)))
+    evaluate_prompts.evaluate([model], task)
+    assert model.values["text_taught_any_iou"] == [0, 0, 1]  # of the circle, and of both drops: queries 0; 0 and 1
+    assert model.values["text_iou"] == [0, 0, 1, 1] and model.values["text_precision"] == [0, 1, 1]
 
 
 # The program ----------------------------------------------------------------------------------------------------------
@@ -185,7 +203,7 @@ def test_all_kinds_of_models_in_one_run(
     rows = {row["name"]: row for row in document["models"]}
     assert list(rows) == ["teacher", "twin", "merged, untrained", "merged", "distilled, untrained", "distilled"]
     assert document["asked"] == {"text": 3, "absent": 3, "box": 3, "click": 3}
-    same = ("text_iou", "rejected", "box_iou", "box_found", "click_iou")
+    same = ("text_iou", "text_precision", "rejected", "box_iou", "box_found", "click_iou")
     assert [rows["twin"][key] for key in same] == [rows["teacher"][key] for key in same]
     assert rows["teacher"]["cosine"] == pytest.approx(1) == rows["twin"]["cosine"]
     assert abs(rows["merged"]["cosine"]) < 0.5
@@ -209,7 +227,7 @@ def test_all_kinds_of_models_in_one_run(
 
 
 def test_columns_stay_aligned_whatever_the_names():
-    figures = dict.fromkeys(evaluate_prompts.SHARES, 0.5) | {"text_taught_iou": None, "click_iou": None}
+    figures = dict.fromkeys(evaluate_prompts.SHARES, 0.5) | {"text_taught_any_iou": None, "click_iou": None}
     figures |= {"parameters": 2_910_000, "image_ms": 20.0}
     models = [
         {"name": "teacher", **figures, "trunk_parameters": 510_000},

@@ -20,8 +20,8 @@ from sam3.visualize import picture_table, table_rows
 from scripts.make_report import STAGES, main, merged_rows, statements
 
 NAMES = (
-    *("teacher", "Stage 1, untrained", "Stage 1", "Stage 1 + geometry", "teacher, memory", "student, memory"),
-    *("distilled, untrained", "distilled"),
+    *("teacher", "Stage 1, untrained", "Stage 1", "Stage 1 + geometry", "teacher, memory, untrained"),
+    *("teacher, memory", "student, memory", "distilled, untrained", "distilled"),
 )
 VOID = {"meta", "img", "line", "polyline", "br"}
 
@@ -49,7 +49,7 @@ def fill(folder: Path) -> Path:
         | {"parameters": {"trunk": 500_000, "memory_attention": attention, "perceiver": perceiver}}
         for name, jf, attention, perceiver in (
             *(("teacher", 0.81, 180_000, 0), ("Stage 1 + geometry", 0.55, 180_000, 0)),
-            *(("teacher, memory", 0.72, 90_000, 50_000), ("student, memory", 0.5, 90_000, 50_000)),
+            *((name, jf, 90_000, 50_000) for name, jf in zip(NAMES[4:7], (0.3, 0.72, 0.5), strict=True)),
         )
     ]
     write(folder / "vos/results.json", {"device": "cpu", "cpu_threads": 2, "models": followed})
@@ -72,7 +72,8 @@ def model(name: str, number: int) -> dict:
     """cosine 0.1 higher from row to row; the students of phrases have no boxes."""
     phrases_only = name.startswith("distilled")
     share = round(0.1 * number + 0.05, 3)
-    figures = {"cosine": share, "text_iou": share, "box_iou": share, "click_iou": share, "rejected": 0.97}
+    figures = {"cosine": share, "text_iou": share, "text_precision": share - 0.01, "text_taught_any_iou": share}
+    figures |= {"box_iou": share, "click_iou": share, "rejected": 0.97}
     if phrases_only:
         figures |= {"cosine": None, "box_iou": None, "click_iou": None}
     return {"name": name, **figures, "parameters": 2_910_000, "image_ms": 10.0 * (number + 1)}
@@ -136,10 +137,13 @@ def test_one_page_holds_everything(filled: Path, tmp_path: Path, capsys: pytest.
     assert 'class="missing"' not in target.read_text()
     assert "Commands, 14 s" in text
     assert "--a '<b>'" in text, "commands are shown as they are"
-    assert "teacher 0.050 0.050 0.050 0.050 97% 0.810 2.91M 10.0 1.00x 9.5" in text
-    assert "distilled – 0.750 – – 97% – 2.91M 80.0 0.12x –" in text
+    assert "teacher 0.050 0.050 0.040 0.050 0.050 97% 0.810 2.91M 10.0 1.00x 9.5" in text
+    assert "teacher, memory, untrained 0.050 0.050 0.040 0.050 0.050 97% 0.300 2.87M 10.0 1.00x 9.5" in text
+    assert "distilled – 0.850 0.840 – – 97% – 2.91M 90.0 0.11x –" in text
     out = capsys.readouterr().out
-    assert re.search(r"^teacher +0.050 +0.050 +0.050 +0.050 +97% +0.810 +2.91M +10.0 +1.00x +9.5$", out, re.MULTILINE)
+    assert re.search(
+        r"^teacher +0.050 +0.050 +0.040 +0.050 +0.050 +97% +0.810 +2.91M +10.0 +1.00x +9.5$", out, re.MULTILINE
+    )
     assert "missing" not in out
 
 
@@ -232,20 +236,25 @@ def test_statements_are_about_what_the_stages_are_for():
     for small, holds in ((0.71, True), (0.69, False), (0.9, True)):
         rows = {"teacher": {"jf": 0.8}, "teacher, memory": {"jf": small}}
         assert [found for found, _ in statements(rows)] == [holds]
-    rows = {"distilled, untrained": {"text_any_iou": 0.0}, "distilled": {"text_any_iou": 0.25, "box_iou": None}}
-    text = "Distilled against itself before training: text mIoU of its masks whatever their scores 0.000 → 0.250"
+    key, begin = "text_taught_any_iou", "Distilled against itself before training: "
+    rows = {"distilled, untrained": {key: 0.0}, "distilled": {key: 0.25, "box_iou": None}}
+    text = f"{begin}mIoU of its best masks for phrases it was taught, whatever their scores 0.000 → 0.250"
     assert statements(rows) == [(True, text)]
+    for before, holds in ((0.5, True), (0.56, False)):
+        rows = {"teacher, memory, untrained": {"jf": before}, "teacher, memory": {"jf": 0.6}}
+        text = f"Compressed memory against itself before training: J&F {before:.3f} → 0.600"
+        assert statements(rows) == [(holds, text)]
     assert statements({}) == []
 
 
 def test_rows_join_pictures_and_videos_by_name(filled: Path):
     rows = merged_rows(filled)
     assert [row["name"] for row in rows] == list(NAMES)
-    assert [row.get("jf") for row in rows] == [0.81, None, None, 0.55, 0.72, 0.5, None, None]
+    assert [row.get("jf") for row in rows] == [0.81, None, None, 0.55, 0.3, 0.72, 0.5, None, None]
     by_name = {row["name"]: row for row in rows}
     assert by_name["Stage 1 + geometry"]["speed_up"] == pytest.approx(10 / 40)
     # A model with a compressed memory has the image model of its base, and 40,000 parameters fewer in its tracker.
-    for name, base in (("teacher, memory", "teacher"), ("student, memory", "Stage 1 + geometry")):
-        for key in ("cosine", "text_iou", "box_iou", "click_iou", "image_ms", "speed_up"):
+    for name, base in zip(NAMES[4:7], ("teacher", "teacher", "Stage 1 + geometry"), strict=True):
+        for key in ("cosine", "text_iou", "text_precision", "box_iou", "click_iou", "image_ms", "speed_up"):
             assert by_name[name][key] == by_name[base][key]
         assert by_name[name]["parameters"] == 2_910_000 - 40_000

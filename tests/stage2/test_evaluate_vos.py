@@ -10,15 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data import make_sample_sav
 from sam3.engine.files import sha256
 from sam3.engine.vos_folders import list_annotated_videos
 from sam3.engine.weights import load_weights, save_weights
-from sam3.model.tracker_config import TINY_MEMORY, TrackerConfig
-from sam3.tracker_builder import build_memory
 from stage2.evaluate_vos import main, parse_args
 from tests.engine.processes import fork, join
 from tests.parity.fill import image
@@ -33,6 +30,7 @@ from tests.stage2.vos import (
     save,
     tell,
     write_davis,
+    write_light,
     write_sav,
 )
 
@@ -299,6 +297,7 @@ def test_one_frame(teacher_file: Path, tmp_path: Path, told, capsys: pytest.Capt
         (["--overlays", "-1"], "--overlays at least 0"),
         (["--names", "a"], "1 --names for 2 --checkpoints"),
         (["--names", "a", "a"], "two checkpoints of one name (a, a)"),
+        (["--names", "a", "a, untrained", "--untrained"], "'a, untrained' is what --untrained calls a row"),
         (["--names", "a", "x/y"], "'x/y' cannot name a folder"),
         (["--names", "a", "overlays"], "'overlays' cannot name a folder"),
     ],
@@ -338,15 +337,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def light_file(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny SAM3 with a compressed memory."""
-    torch.manual_seed(0)
-    memory = build_memory(TrackerConfig.preset("tiny"), TINY_MEMORY)
-    tensors = {k: v for k, v in load_weights(teacher_file).tensors.items() if not k.startswith("tracker.transformer.")}
-    for name, module in (("memory_attention", memory.attention), ("spatial_perceiver", memory.perceiver)):
-        tensors |= {f"tracker.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-    path = tmp_path_factory.mktemp("light") / "light.pt"
-    save_weights(path, tensors, {"memory": TINY_MEMORY.to_meta()})
-    return path
+    return write_light(tmp_path_factory.mktemp("light"), teacher_file)
 
 
 def test_teacher_and_light_model(teacher_file: Path, light_file: Path, sample: Path, tmp_path: Path):

@@ -15,7 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sam3.engine.weights import load_weights, save_weights
+from sam3.model.tracker_config import TINY_MEMORY, TrackerConfig
 from sam3.model.video_session import FrameMasks
+from sam3.tracker_builder import build_memory
 from stage2 import evaluate_vos
 
 HEIGHT, WIDTH = 40, 60
@@ -68,6 +71,17 @@ def write_davis(root: Path, videos: Mapping[str, list[np.ndarray]], num_frames: 
     (root / "ImageSets/2017").mkdir(parents=True)
     (root / "ImageSets/2017/val.txt").write_text("".join(f"{name}\n" for name in videos))
     return root
+
+
+def write_light(folder: Path, teacher_file: Path) -> Path:
+    """The tiny SAM3 with a compressed memory, of random values."""
+    torch.manual_seed(0)
+    memory = build_memory(TrackerConfig.preset("tiny"), TINY_MEMORY)
+    tensors = {k: v for k, v in load_weights(teacher_file).tensors.items() if not k.startswith("tracker.transformer.")}
+    for name, module in (("memory_attention", memory.attention), ("spatial_perceiver", memory.perceiver)):
+        tensors |= {f"tracker.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    save_weights(folder / "light.pt", tensors, {"memory": TINY_MEMORY.to_meta()})
+    return folder / "light.pt"
 
 
 def nothing(name: str, number: int, row: int) -> np.ndarray:

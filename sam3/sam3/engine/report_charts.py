@@ -6,7 +6,7 @@ A chart's lines have the classes `s1`, `s2`, ... in the order of its series; axe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -54,7 +54,7 @@ def line_chart(series: Sequence[Series], label: str, x_label: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _line(line: Series, index: int, place: object) -> list[str]:
+def _line(line: Series, index: int, place: Callable[[Point], Point]) -> list[str]:
     """The elements of one series: dots where there are few points, else the values pale below their running mean."""
     placed = [place(point) for point in line.points]
     if len(placed) > MANY:
