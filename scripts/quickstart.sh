@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to light models: installs into .venv, then runs Stage 1, geometry fine-tuning, Stage 2 and the distillation
-# of the whole model behind the small SAM3 of this repository, on generated scenes of named objects, and ends with one
-# table and one page with pictures and curves. Needs Python 3.10 or newer; no GPU, no network but pip's.
+# From nothing to light models: installs into .venv, then runs Stage 1, geometry fine-tuning, Stage 2 and distillation of
+# the whole model behind the small SAM3 of this repository, on generated scenes of named objects, and ends with one table
+# and one page with pictures and curves. Needs Python 3.10 or newer; no GPU, no network but pip's.
 #
 #   bash scripts/quickstart.sh
 #

@@ -44,6 +44,7 @@ class Inputs:
             "DISTILL__IOU_WEIGHT": 0.1,
             "TRAIN__EFFECTIVE_BATCH": 1,
             "TRAIN__MAX_STEPS": 4,
+            "TRAIN__LR": 1e-3,
             "TRAIN__WARMUP_STEPS": 1,
             "TRAIN__LOG_INTERVAL": 1,
             "TRAIN__VAL_INTERVAL": 0,
