@@ -11,7 +11,8 @@
 # the next flag, are never knobs.
 #
 #   GPUS=8             processes on this machine, one per GPU; 0 is one CPU process without torchrun
-#   DEVICE=            cpu with GPUS=N runs N CPU processes
+#   DEVICE=            cpu with GPUS=N runs N CPU processes, which share the cores evenly (else OMP_NUM_THREADS each)
+#   MASTER_PORT=0      on one machine: any free port
 #   NNODES=1 NODE_RANK=0 RDZV_BACKEND=c10d RDZV_ENDPOINT=localhost:$MASTER_PORT     for several machines
 #   PYTHON=            interpreter; default .venv/bin/python of the repository, else python3, else python
 #   --print-command    print the command and end
@@ -109,6 +110,8 @@ torchrun=(-m torch.distributed.run --nproc_per_node "$GPUS")
 if [ "$NNODES" -gt 1 ]; then
     torchrun+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
     torchrun+=(--rdzv_backend "$RDZV_BACKEND" --rdzv_endpoint "$RDZV_ENDPOINT")
+elif [ "$MASTER_PORT" = 0 ]; then
+    torchrun+=(--standalone)
 else
     torchrun+=(--nnodes 1 --master_port "$MASTER_PORT")
 fi
@@ -121,6 +124,11 @@ fi
 export PYTHONPATH="$ROOT/sam3:$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # torchrun passes these on to the processes; SIGUSR1 is what Slurm sends before it takes a machine back.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+
+if [ "$DEVICE" = cpu ] && [ "$GPUS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
+    cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo "$GPUS")
+    export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
+fi
 
 printf '+'
 printf ' %q' "${command[@]}"

@@ -23,6 +23,7 @@ EPOCHS=${EPOCHS:-6} TUNE_EPOCHS=${TUNE_EPOCHS:-1} MEMORY_STEPS=${MEMORY_STEPS:-3
 STUDENT="$OUT/efficient_sam3_ev_s.pt" TUNED="$OUT/efficient_sam3_ev_s_geometry.pt"
 MEMORY="$OUT/efficient_sam3_memory.pt" FULL="$OUT/efficient_sam3_full.pt"
 SLIM="$OUT/distillation/phase2/student_fp16.pt"
+PAIR=(GPUS=2 DEVICE=cpu MASTER_PORT=0) # small models keep two processes busier than two threads
 number=0
 # With fewer free cores than threads, spinning threads would slow each other down several times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -52,13 +53,14 @@ step "scenes of named objects, in the layout of SA-1B" "$PYTHON" data/make_sampl
 step "Stage 1: the teacher's embeddings" bash stage1/scripts/save_stage1_embeddings.sh \
     CFG=stage1/configs/teacher/sam3_tiny.yaml DATA_PATH="$DATA" OUTPUT="$OUT/teacher" GPUS=0
 step "Stage 1: train a student ($EPOCHS epochs)" bash stage1/scripts/train_stage1_student.sh \
-    CFG=stage1/configs/es_ev_s_tiny.yaml DATA_PATH="$DATA" OUTPUT="$OUT/es_ev_s" GPUS=0 \
+    CFG=stage1/configs/es_ev_s_tiny.yaml DATA_PATH="$DATA" OUTPUT="$OUT/es_ev_s" "${PAIR[@]}" BATCH_SIZE=2 \
     --opts DISTILL.TEACHER_EMBED_PATH "$OUT/teacher/embeddings" TRAIN.EPOCHS "$EPOCHS" SAVE_FREQ "$EPOCHS"
 step "Stage 1: put it into the teacher's place" "$PYTHON" stage1/convert_stage1_weights.py \
     --student-ckpt "$OUT/es_ev_s/ckpt_epoch_$((EPOCHS - 1)).pth" --sam3-ckpt "$TEACHER" --output "$STUDENT"
 step "geometry: tune it behind boxes and points ($TUNE_EPOCHS epochs)" \
     bash stage1_geometry_finetune/scripts/train_geometry_finetune.sh \
-    CFG=stage1_geometry_finetune/configs/es_ev_s_tiny.yaml DATA_PATH="$DATA" OUTPUT="$OUT/geometry" GPUS=0 \
+    CFG=stage1_geometry_finetune/configs/es_ev_s_tiny.yaml DATA_PATH="$DATA" OUTPUT="$OUT/geometry" \
+    "${PAIR[@]}" BATCH_SIZE=2 \
     PRETRAINED="$STUDENT" SAM3_CHECKPOINT="$TEACHER" TEACHER_EMBED_PATH="$OUT/teacher/embeddings" \
     --opts TRAIN.EPOCHS "$TUNE_EPOCHS" SAVE_FREQ "$TUNE_EPOCHS"
 step "geometry: put it into the merged model" "$PYTHON" stage1_geometry_finetune/convert_geometry_finetune.py \
@@ -71,16 +73,17 @@ step "Stage 2: the trunk's maps of the frames" bash stage2/scripts/save_embeddin
     DATA_DIR="$VIDEOS/extracted_frames" OUTPUT="$OUT/video_embeddings" CHECKPOINT="$TEACHER" GPUS=0 \
     --frame_stride 4 --num_workers 2
 step "Stage 2: train a compressed memory ($MEMORY_STEPS steps)" bash stage2/scripts/train_memory.sh \
-    CFG=stage2/configs/efficient_memory_tiny.yaml OUTPUT="$OUT/memory" GPUS=0 \
-    DATA.SAV_ROOT "$VIDEOS/extracted_frames" DATA.EMBEDDING_DIR "$OUT/video_embeddings" TRAIN.MAX_STEPS "$MEMORY_STEPS"
+    CFG=stage2/configs/efficient_memory_tiny.yaml OUTPUT="$OUT/memory" "${PAIR[@]}" \
+    DATA.BATCH_SIZE 1 DATA.SAV_ROOT "$VIDEOS/extracted_frames" DATA.EMBEDDING_DIR "$OUT/video_embeddings" TRAIN.MAX_STEPS "$MEMORY_STEPS"
 step "Stage 2: put it into the teacher" bash stage2/scripts/convert_weights.sh \
     STAGE2_WEIGHTS="$OUT/memory/ckpt_latest.pth" SAM3_WEIGHTS="$TEACHER" OUTPUT="$MEMORY"
 step "Stage 2: put it into the tuned student" bash stage2/scripts/convert_weights.sh \
     STAGE2_WEIGHTS="$OUT/memory/ckpt_latest.pth" SAM3_WEIGHTS="$TUNED" OUTPUT="$FULL"
-step "distil the whole model ($DISTILL_EPOCHS epochs, then 1)" "$PYTHON" train_distill.py \
+step "distil the whole model ($DISTILL_EPOCHS epochs, then 1)" "$PYTHON" -m torch.distributed.run \
+    --standalone --nproc_per_node 2 train_distill.py --device cpu \
     --config configs/distillation_tiny.yaml --phase all --data "$DATA" --teacher "$TEACHER" \
     --output "$OUT/distillation" \
-    --opts log_dir="$OUT/distillation/logs" num_val="$VAL_SCENES" phase1_epochs="$DISTILL_EPOCHS"
+    --opts batch_size=2 log_dir="$OUT/distillation/logs" num_val="$VAL_SCENES" phase1_epochs="$DISTILL_EPOCHS"
 step "compare on held-out scenes" "$PYTHON" scripts/evaluate_prompts.py \
     --models "$TEACHER" "$STUDENT" "$TUNED" "$SLIM" --names teacher "Stage 1" "Stage 1 + geometry" distilled \
     --untrained --num-images "$VAL_SCENES" --data-path "$DATA" --output "$OUT/prompts"

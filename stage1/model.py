@@ -134,7 +134,12 @@ def build_teacher(config: CfgNode, checkpoint: str, device: torch.device) -> Tea
 
 def build_distiller(config: CfgNode, teacher: TeacherEncoder | None = None) -> EncoderDistiller:
     """The student of `MODEL.BACKBONE` with random weights, and its losses."""
-    student = build_student(config.MODEL.BACKBONE, config.DISTILL.EMBED_DIM, config.DISTILL.EMBED_SIZE)
+    student = build_student(
+        config.MODEL.BACKBONE,
+        config.DISTILL.EMBED_DIM,
+        config.DISTILL.EMBED_SIZE,
+        output_stride=config.MODEL.OUTPUT_STRIDE,
+    )
     if config.TRAIN.USE_CHECKPOINT:
         student.set_grad_checkpointing(True)
     return EncoderDistiller(

@@ -87,6 +87,7 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
             "backbone": config.MODEL.BACKBONE,
             "embed_dim": config.DISTILL.EMBED_DIM,
             "embed_size": config.DISTILL.EMBED_SIZE,
+            "output_stride": config.MODEL.OUTPUT_STRIDE,
             "preprocess": preprocess.to_meta(),
             "teacher": sources.teacher_meta,
         },

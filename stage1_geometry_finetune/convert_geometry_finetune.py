@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3.backbones.student import describe
+from sam3.backbones.student import OUTPUT_STRIDE, describe
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import free_bytes, human_bytes
 from sam3.engine.merge import (
@@ -90,6 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Dry run: nothing written; {human_bytes(free_bytes(output.parent))} are free in {output.parent}")
         return 0
     bare = pretrained.entry is None and output.suffix != SAFETENSORS_SUFFIX
+    stride = student.meta.get("output_stride", OUTPUT_STRIDE)
+    if bare and stride != OUTPUT_STRIDE:
+        raise ValueError(
+            f"{args.pretrained} is a bare state dict, which cannot say that the student's output stride is {stride}; "
+            f"give an --output that ends in {SAFETENSORS_SUFFIX}"
+        )
     proof = write_merge(
         output,
         plan,

@@ -83,6 +83,7 @@ def build_run(config: CfgNode, world: World, output: Path, dry_run: bool) -> Tra
             "backbone": config.MODEL.BACKBONE,
             "embed_dim": config.DISTILL.EMBED_DIM,
             "embed_size": config.DISTILL.EMBED_SIZE,
+            "output_stride": config.MODEL.OUTPUT_STRIDE,
             "preprocess": preprocess.to_meta(),
             "teacher": teacher,
         },
@@ -129,7 +130,9 @@ def build_distiller(
 ) -> GeometryDistiller:
     """The student, with random weights, before SAM3's frozen heads."""
     distill, checkpoint = config.DISTILL, config.MODEL.SAM3_CHECKPOINT
-    student = build_student(config.MODEL.BACKBONE, distill.EMBED_DIM, distill.EMBED_SIZE)
+    student = build_student(
+        config.MODEL.BACKBONE, distill.EMBED_DIM, distill.EMBED_SIZE, output_stride=config.MODEL.OUTPUT_STRIDE
+    )
     heads = build_sam3_heads(checkpoint, world.device)
     text = None
     if distill.TEXT_PROMPT == "visual":

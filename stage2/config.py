@@ -54,6 +54,7 @@ RETIRED = {
     "DATA.INTERPOLATION": "pictures are always resized bilinearly with antialiasing, as SAM3 does",
     "MODEL.TYPE": "the model is SAM3's tracker with a compressed memory",
     "MODEL.BACKBONE": "the image encoder is the one of MODEL.SAM3_CHECKPOINT, frozen",
+    "MODEL.OUTPUT_STRIDE": "the image encoder is the one of MODEL.SAM3_CHECKPOINT, frozen",
     "MODEL.MEMORY_ATTENTION.D_MODEL": _CHECKPOINT,
     "MODEL.MEMORY_ATTENTION.NUM_HEADS": "attention has one head, as the teacher's, which it starts from",
     "MODEL.MEMORY_ENCODER": _CHECKPOINT,

@@ -47,6 +47,15 @@ def test_other_pictures_are_refused_before_anything_is_loaded(tmp_path: Path, ot
     load_student_weights(own, path)  # nobody asked
 
 
+def test_a_student_of_another_output_stride_is_refused(tmp_path: Path):
+    path = saved(tmp_path / "student.pth", output_stride=16)
+    with pytest.raises(
+        ValueError, match=r"student.pth is of a student with an output stride of 16, wanted 32; set MODEL"
+    ):
+        load_student_weights(student(2), path)
+    load_student_weights(build_student("efficientvit_b0", 8, 16, output_stride=16), path)
+
+
 def test_a_strange_statement_names_the_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"student.pth: preprocess meta has the fields \['size'\]"):
         load_student_weights(student(2), saved(tmp_path / "student.pth", preprocess={"size": 3}), PAD)

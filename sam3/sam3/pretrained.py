@@ -37,6 +37,12 @@ def load_student_weights(
         check_student(student_tensors, student.backbone.model.name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    stride = file.meta.get("output_stride", student.output_stride)
+    if stride != student.output_stride:
+        raise ValueError(
+            f"{path} is of a student with an output stride of {stride}, wanted {student.output_stride}; "
+            f"set MODEL.OUTPUT_STRIDE {stride}, or take another student"
+        )
     if preprocess is not None and "preprocess" in file.meta:
         _check_preprocess(file.meta["preprocess"], preprocess, path)
     load_strict(student, student_tensors, source=path)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from sam3.backbones.student import (
     BACKBONES,
@@ -13,6 +14,7 @@ from sam3.backbones.student import (
     build_student,
     check_student,
     recognise_student,
+    untrained_student,
 )
 from sam3.engine.weights import load_strict
 from tests.backbones.samples import filled, manifest, on_meta, pictures
@@ -196,3 +198,24 @@ def test_weight_decay_exemptions() -> None:
     assert len(names) == 2 + 6 + 2
     assert "backbone.model.layers.1.blocks.0.attn.attention_biases" in names
     assert names == {k for k, p in student.named_parameters() if k.endswith("attention_biases") and p.ndim == 2}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_half_the_output_stride_doubles_the_map_and_keeps_the_weights(name: str) -> None:
+    coarse = filled(name, embed_dim=8, embed_size=8)
+    fine = build_student(name, embed_dim=8, embed_size=8, output_stride=16).eval()
+    fine.load_state_dict(coarse.state_dict())
+    x = pictures(1, 128)
+    assert coarse.backbone(x).shape[-2:] == (4, 4)
+    assert fine.backbone(x).shape[-2:] == (8, 8)
+    assert fine(x).shape == coarse(x).shape == (1, 8, 8, 8)
+    assert untrained_student(fine).output_stride == 16
+    # All stages before the last are the same.
+    *before, _ = fine.backbone.model.parts().values()
+    strides = [m.stride for part in before for child in part for m in child.modules() if isinstance(m, nn.Conv2d)]
+    assert (2, 2) in strides
+
+
+def test_other_output_strides_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"output_stride is 8; wanted one of \(32, 16\)"):
+        build_student("efficientvit_b0", output_stride=8)

@@ -210,3 +210,18 @@ def test_shellcheck():
         ["shellcheck", "-x", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_any_free_port_for_processes_of_one_machine():
+    words = command(TRAIN, "GPUS=2", "DEVICE=cpu", "MASTER_PORT=0")
+    assert words[:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+
+
+@pytest.mark.parametrize(("given", "count", "wanted"), [("", 2, None), ("", 10_000, "1"), ("3", 2, "3")])
+def test_processes_on_the_cpu_share_its_cores(tmp_path: Path, given: str, count: int, wanted: str | None):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "threads=$OMP_NUM_THREADS"\n')
+    python.chmod(0o755)
+    done = launch(TRAIN, f"GPUS={count}", "DEVICE=cpu", PYTHON=str(python), OMP_NUM_THREADS=given)
+    wanted = wanted or str(max(1, os.cpu_count() // 2))
+    assert done.stdout.splitlines()[-1] == f"threads={wanted}"

@@ -42,6 +42,7 @@ def test_the_merged_model_holds_the_student_bit_by_bit(merged: Path, longer: Pat
     assert all(torch.equal(tensors[prefix + key], value) for key, value in student.items())
     model = build_efficientsam3_image_model(merged, device="cpu")
     assert model.preprocess.resize == "pad" and model.preprocess.img_size == 224
+    assert model.backbone.vision_backbone.trunk.model.output_stride == 16, "as the config says"
 
 
 def test_evaluation_sees_the_gain_over_the_untrained_student(

@@ -28,6 +28,7 @@ class Inputs:
             "MODEL__SAM3_CHECKPOINT": self.teacher,
             "MODEL__PRETRAINED": self.start,
             "DISTILL__TEACHER_EMBED_PATH": self.exported / "embeddings",
+            "DISTILL__EMBEDDING_LOSS_WEIGHT": 1.5,
             "DISTILL__MASK_BCE_WEIGHT": 1.0,
             "DISTILL__MASK_DICE_WEIGHT": 1.0,
             "DISTILL__MAX_PROMPTS": 2,

@@ -136,6 +136,17 @@ def test_tensors_are_wrapped_as_they_came(inputs, built, capsys, entry):
     assert ("is a bare state dict" in capsys.readouterr().out) == (entry is None)
 
 
+def test_a_bare_file_cannot_state_an_output_stride(inputs, built):
+    torch.save(merged_tensors(), inputs / "bare.pth")
+    write_checkpoint(inputs / "ckpt_epoch_29.pth", meta=META | {"output_stride": 16})
+    with pytest.raises(
+        ValueError, match=r"cannot say that the student's output stride is 16; give an --output that ends"
+    ):
+        convert(inputs, pretrained="bare.pth")
+    assert convert(inputs, "--output", str(inputs / "stated.safetensors"), pretrained="bare.pth") == 0
+    assert load_weights(inputs / "stated.safetensors").meta["output_stride"] == 16
+
+
 def test_order_of_the_pretrained_file_is_kept(inputs, built):
     backwards = dict(reversed(merged_tensors().items()))
     torch.save({"model": backwards}, inputs / "backwards.pt")

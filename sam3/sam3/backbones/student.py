@@ -20,6 +20,8 @@ from sam3.backbones.tiny_vit import TinyViT
 
 BACKBONE_PREFIX = "backbone.model."
 HEAD_PREFIX = "head."
+OUTPUT_STRIDE = 32  # pixels per cell of a backbone's map, where nothing else is stated
+OUTPUT_STRIDES = (OUTPUT_STRIDE, OUTPUT_STRIDE // 2)
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,23 @@ class StudentEncoder(nn.Module):
         backbone: gives (B, Cb, H, W); has `out_channels` (= Cb) and `name` (its key in `BACKBONES`).
         embed_dim: channels of the teacher's embedding.
         embed_size: side of the teacher's grid; the head's map (32x32 at 1008 pixels) is resized to it.
+        output_stride: 16 leaves out the backbone's last halving (as DeepLab does, Chen et al. 2017): same weights, a
+            map twice as fine, for small pictures whose objects would be lost between the cells.
 
     The state dict has the names of the released checkpoints: `backbone.model.*` and `head.*`.
     """
 
-    def __init__(self, backbone: nn.Module, embed_dim: int, embed_size: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, embed_dim: int, embed_size: int, output_stride: int = OUTPUT_STRIDE
+    ) -> None:
         super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride is {output_stride}; wanted one of {OUTPUT_STRIDES}")
         self.embed_dim = embed_dim
         self.embed_size = embed_size
+        self.output_stride = output_stride
+        if output_stride < OUTPUT_STRIDE:
+            _keep_size_in_last_stage(backbone)
         self.backbone = nn.Sequential(OrderedDict(model=backbone))
         self.head = nn.Sequential(
             nn.Conv2d(backbone.out_channels, embed_dim, 1, bias=False),
@@ -103,21 +114,26 @@ class StudentTrunk(nn.Module):
 
 
 def build_student(
-    backbone_name: str, embed_dim: int = 1024, embed_size: int = 72, drop_path: float | None = None
+    backbone_name: str,
+    embed_dim: int = 1024,
+    embed_size: int = 72,
+    drop_path: float | None = None,
+    output_stride: int = OUTPUT_STRIDE,
 ) -> StudentEncoder:
     """A student with random weights, on the device of the surrounding `torch.device` context.
 
     `backbone_name` is a key of `BACKBONES`; `drop_path` None means the family's own stochastic depth.
-    Raises ValueError for an unknown name, and for a `drop_path` above 0 in a family without one.
+    Raises ValueError for an unknown name or stride, and for a `drop_path` above 0 in a family without one.
     """
-    return StudentEncoder(_build_backbone(backbone_name, drop_path), embed_dim, embed_size)
+    return StudentEncoder(_build_backbone(backbone_name, drop_path), embed_dim, embed_size, output_stride)
 
 
 def untrained_student(student: StudentEncoder) -> StudentEncoder:
     """The same student as training finds it, with the weights of one fixed seed, on the CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_student(student.backbone.model.name, student.embed_dim, student.embed_size)
+        name, stride = student.backbone.model.name, student.output_stride
+        return build_student(name, student.embed_dim, student.embed_size, output_stride=stride)
 
 
 def recognise_student(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[str, int]:
@@ -177,6 +193,13 @@ def _build_backbone(backbone_name: str, drop_path: float | None) -> nn.Module:
             f"drop_path is {drop_path}, but {describe(backbone_name)} has no stochastic depth; set it to 0"
         )
     return family(backbone_name)
+
+
+def _keep_size_in_last_stage(backbone: nn.Module) -> None:
+    last = list(backbone.parts().values())[-1]
+    for module in (module for part in last for module in part.modules()):
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            module.stride = (1, 1)
 
 
 @functools.cache

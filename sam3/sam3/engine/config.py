@@ -43,8 +43,9 @@ SHARED_FLAGS: dict[str, FlagAction] = {
     "--use-wandb": {"USE_WANDB": True},
 }
 
-SHARED_CHOICES: dict[str, tuple[str, ...]] = {
+SHARED_CHOICES: dict[str, tuple[Any, ...]] = {
     "DATA.RESIZE": ("pad", "square"),
+    "MODEL.OUTPUT_STRIDE": (32, 16),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "muon", "sgd"),
     "AMP_DTYPE": ("auto", "bf16", "fp16"),
@@ -70,6 +71,7 @@ def shared_defaults() -> CfgNode:
     c.MODEL = CfgNode()
     c.MODEL.NAME = ""  # name of the run in logs
     c.MODEL.BACKBONE = ""  # student, a row of sam3.model_builder.BACKBONES
+    c.MODEL.OUTPUT_STRIDE = 32  # pixels per cell of the student's own map; 16: finer and slower, for small pictures
     c.MODEL.PRETRAINED = ""  # weights to start from: a fresh optimizer, epoch 0
     c.MODEL.RESUME = ""  # checkpoint to go on from; "auto" takes the newest in OUTPUT
 

@@ -32,6 +32,7 @@ RETIRED = {
     "DATA.MEAN": _MADE,
     "DATA.STD": _MADE,
     "MODEL.BACKBONE": "the model is SAM3 itself",
+    "MODEL.OUTPUT_STRIDE": "the model is SAM3 itself",
     "TRAIN.USE_CHECKPOINT": "the model is small",
     "TRAIN.USE_SYNC_BN": _NORMS,
     "TRAIN.AVERAGE_BN": _NORMS,

@@ -33,8 +33,8 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .4r
   margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .8rem 0; } summary { cursor: pointer; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; } thead th { color: var(--soft); font-size: .8rem; white-space: normal; }
 tbody th, thead th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 ul.claims { list-style: none; padding: 0; margin: 1rem 0; } ul.claims li { padding-left: 1.6rem; text-indent: -1.6rem; }
