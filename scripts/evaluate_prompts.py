@@ -209,7 +209,9 @@ def student_kind(model: Model) -> str | None:
     if isinstance(network, EfficientSAM3):
         return str(network.config)
     trunk = network.backbone.vision_backbone.trunk
-    return trunk.model.backbone.model.name if isinstance(trunk, StudentTrunk) else None
+    if not isinstance(trunk, StudentTrunk):
+        return None
+    return f"{trunk.model.backbone.model.name} / {trunk.model.output_stride}"
 
 
 def forget(model: Model) -> Model:

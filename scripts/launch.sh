@@ -82,6 +82,9 @@ if [ "$GPUS" = 0 ]; then
     [ "$NNODES" = 1 ] || fail "GPUS=0 is one process on one machine; for CPU processes on $NNODES machines give DEVICE=cpu GPUS=1"
     if [ "${LAUNCH_PLAIN:-0}" != 1 ]; then DEVICE=cpu; fi
 fi
+if [ "$NNODES" -gt 1 ] && [ "$MASTER_PORT" = 0 ] && [ -z "$RDZV_ENDPOINT" ]; then
+    fail "MASTER_PORT=0 is for one machine; give RDZV_ENDPOINT=host:port"
+fi
 : "${RDZV_ENDPOINT:=localhost:$MASTER_PORT}"
 
 if [ -z "$PYTHON" ]; then
@@ -111,7 +114,7 @@ if [ "$NNODES" -gt 1 ]; then
     torchrun+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
     torchrun+=(--rdzv_backend "$RDZV_BACKEND" --rdzv_endpoint "$RDZV_ENDPOINT")
 elif [ "$MASTER_PORT" = 0 ]; then
-    torchrun+=(--standalone)
+    torchrun+=(--standalone --local_addr 127.0.0.1)
 else
     torchrun+=(--nnodes 1 --master_port "$MASTER_PORT")
 fi
@@ -126,7 +129,7 @@ export PYTHONPATH="$ROOT/sam3:$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 if [ "$DEVICE" = cpu ] && [ "$GPUS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
-    cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo "$GPUS")
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo "$GPUS") # macOS has no nproc
     export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
 fi
 

@@ -99,7 +99,7 @@ STAGES = (
         "Stage 1",
         "bash stage1/scripts/train_stage1_student.sh OUTPUT={}/es_ev_s",
         (
-            Curve("es_ev_s", "Training loss", {"train/loss_total": "MSE + 1 - cosine"}),
+            Curve("es_ev_s", "Training loss", {"train/loss_total": "MSE and cosine, weighted"}),
             Curve("es_ev_s", "Cosine to the teacher's maps, held-out scenes", {"val/cosine": "mean"}),
         ),
         (TEACHER, UNTRAINED.format(STAGE1), STAGE1),

@@ -74,15 +74,14 @@ step "Stage 2: the trunk's maps of the frames" bash stage2/scripts/save_embeddin
     --frame_stride 4 --num_workers 2
 step "Stage 2: train a compressed memory ($MEMORY_STEPS steps)" bash stage2/scripts/train_memory.sh \
     CFG=stage2/configs/efficient_memory_tiny.yaml OUTPUT="$OUT/memory" "${PAIR[@]}" \
-    DATA.BATCH_SIZE 1 DATA.SAV_ROOT "$VIDEOS/extracted_frames" DATA.EMBEDDING_DIR "$OUT/video_embeddings" TRAIN.MAX_STEPS "$MEMORY_STEPS"
+    DATA.BATCH_SIZE 1 DATA.SAV_ROOT "$VIDEOS/extracted_frames" DATA.EMBEDDING_DIR "$OUT/video_embeddings" \
+    TRAIN.MAX_STEPS "$MEMORY_STEPS"
 step "Stage 2: put it into the teacher" bash stage2/scripts/convert_weights.sh \
     STAGE2_WEIGHTS="$OUT/memory/ckpt_latest.pth" SAM3_WEIGHTS="$TEACHER" OUTPUT="$MEMORY"
 step "Stage 2: put it into the tuned student" bash stage2/scripts/convert_weights.sh \
     STAGE2_WEIGHTS="$OUT/memory/ckpt_latest.pth" SAM3_WEIGHTS="$TUNED" OUTPUT="$FULL"
-step "distil the whole model ($DISTILL_EPOCHS epochs, then 1)" "$PYTHON" -m torch.distributed.run \
-    --standalone --nproc_per_node 2 train_distill.py --device cpu \
-    --config configs/distillation_tiny.yaml --phase all --data "$DATA" --teacher "$TEACHER" \
-    --output "$OUT/distillation" \
+step "distil the whole model ($DISTILL_EPOCHS epochs, then 1)" bash scripts/train_distill.sh \
+    CFG=configs/distillation_tiny.yaml DATA_PATH="$DATA" TEACHER="$TEACHER" OUTPUT="$OUT/distillation" "${PAIR[@]}" \
     --opts batch_size=2 log_dir="$OUT/distillation/logs" num_val="$VAL_SCENES" phase1_epochs="$DISTILL_EPOCHS"
 step "compare on held-out scenes" "$PYTHON" scripts/evaluate_prompts.py \
     --models "$TEACHER" "$STUDENT" "$TUNED" "$SLIM" --names teacher "Stage 1" "Stage 1 + geometry" distilled \

@@ -145,8 +145,8 @@ def command(flags: Sequence[str], count: int) -> list[str]:
     """This program with `flags`, as `count` processes."""
     if count == 1:
         return [sys.executable, str(Path(__file__).resolve()), *flags]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return [*torchrun, str(Path(__file__).resolve()), *flags]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+    return [*torchrun, "--nproc_per_node", str(count), str(Path(__file__).resolve()), *flags]
 
 
 def measure(phase: str, path: Path, args: argparse.Namespace) -> Mapping[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sam3.backbones.student import describe
+from sam3.backbones.student import describe, stated_stride
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import free_bytes, human_bytes, sha256
 from sam3.engine.merge import (
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(f"Dry run: nothing written; {human_bytes(free_bytes(output.parent))} are free in {output.parent}")
         return 0
-    meta = merged_meta(student, sam3) | {"backbone": backbone, "embed_dim": embed_dim}
+    named = {"backbone": backbone, "embed_dim": embed_dim, "output_stride": stated_stride(student.meta)}
+    meta = merged_meta(student, sam3) | named
     proof = write_merge(output, plan, meta, functools.partial(load_into_model, plan.tensors))
     print(f"Student parameters copied: {plan.copied} -> prefix '{plan.target_prefix}'")
     print(f"Teacher params skipped={plan.skipped}, replaced={plan.replaced}, appended={plan.appended}")

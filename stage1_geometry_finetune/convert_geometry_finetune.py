@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3.backbones.student import OUTPUT_STRIDE, describe
+from sam3.backbones.student import OUTPUT_STRIDE, describe, stated_stride
 from sam3.engine.cli import make_parser, run_main
 from sam3.engine.files import free_bytes, human_bytes
 from sam3.engine.merge import (
@@ -85,17 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(note)
     student = extract_student(finetuned, args.student_prefix)
     plan, named = plan_conversion(student, pretrained, args.target_prefix)
-    require_space(output, plan)
-    if args.dry_run:
-        print(f"Dry run: nothing written; {human_bytes(free_bytes(output.parent))} are free in {output.parent}")
-        return 0
     bare = pretrained.entry is None and output.suffix != SAFETENSORS_SUFFIX
-    stride = student.meta.get("output_stride", OUTPUT_STRIDE)
-    if bare and stride != OUTPUT_STRIDE:
+    if bare and (stride := stated_stride(student.meta)) != OUTPUT_STRIDE:
         raise ValueError(
             f"{args.pretrained} is a bare state dict, which cannot say that the student's output stride is {stride}; "
             f"give an --output that ends in {SAFETENSORS_SUFFIX}"
         )
+    require_space(output, plan)
+    if args.dry_run:
+        print(f"Dry run: nothing written; {human_bytes(free_bytes(output.parent))} are free in {output.parent}")
+        return 0
     proof = write_merge(
         output,
         plan,
@@ -157,6 +156,12 @@ def plan_conversion(
         raise ValueError(
             f"{student.path} holds {describe(new)}, but {pretrained.path} holds {describe(old)}; "
             "give the merged model that the fine-tuning started from"
+        )
+    strides = [stated_stride(file.meta) for file in (student, pretrained)]
+    if student.meta and pretrained.meta and strides[0] != strides[1]:
+        raise ValueError(
+            f"{student.path} holds a student with an output stride of {strides[0]}, {pretrained.path} one with "
+            f"{strides[1]}; give the merged model that the fine-tuning started from"
         )
     plan = plan_update(student, pretrained, target)
     check_merge(plan)

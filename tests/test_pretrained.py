@@ -53,7 +53,11 @@ def test_a_student_of_another_output_stride_is_refused(tmp_path: Path):
         ValueError, match=r"student.pth is of a student with an output stride of 16, wanted 32; set MODEL"
     ):
         load_student_weights(student(2), path)
-    load_student_weights(build_student("efficientvit_b0", 8, 16, output_stride=16), path)
+    fine = build_student("efficientvit_b0", 8, 16, output_stride=16)
+    load_student_weights(fine, path)
+    load_student_weights(fine, saved(tmp_path / "bare.pth"))
+    with pytest.raises(ValueError, match="an output stride of 32, wanted 16"):  # from before there was a choice
+        load_student_weights(fine, saved(tmp_path / "old.pth", backbone="efficientvit_b0"))
 
 
 def test_a_strange_statement_names_the_file(tmp_path: Path):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3.backbones.student import OUTPUT_STRIDE, StudentTrunk, build_student, recognise_student
+from sam3.backbones.student import StudentTrunk, build_student, recognise_student, stated_stride
 from sam3.engine.weights import WeightFile, list_names, load_strict, normalise_sam3_keys, strip_prefix
 from sam3.model.config import TRUNK, Sam3Config, vit_sizes
 from sam3.model.vitdet import ViT
@@ -50,10 +50,9 @@ def build_trunk(file: WeightFile, tensors: Mapping[str, Tensor]) -> tuple[nn.Mod
             return build_vit(sizes), sizes["img_size"], sizes["patch_size"]
     name, embed_dim = recognise_student(tensors, STUDENT)
     embed_size = int(file.meta.get("embed_size", DEFAULT_EMBED_SIZE))
-    stride = int(file.meta.get("output_stride", OUTPUT_STRIDE))
     preprocess = read_preprocess(file)
     img_size = preprocess.img_size if preprocess else Sam3Config.img_size
-    student = build_student(name, embed_dim, embed_size, output_stride=stride)
+    student = build_student(name, embed_dim, embed_size, output_stride=stated_stride(file.meta))
     return StudentTrunk(student), img_size, img_size // embed_size
 
 

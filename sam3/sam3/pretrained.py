@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sam3.backbones.student import StudentEncoder, check_student, recognise_student
+from sam3.backbones.student import StudentEncoder, check_student, recognise_student, stated_stride
 from sam3.engine.merge import STUDENT_PREFIXES, list_modules
 from sam3.engine.weights import list_names, load_strict, load_weights, strip_prefix
 from sam3.transforms import Preprocess
@@ -37,8 +37,8 @@ def load_student_weights(
         check_student(student_tensors, student.backbone.model.name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    stride = file.meta.get("output_stride", student.output_stride)
-    if stride != student.output_stride:
+    stride = stated_stride(file.meta)
+    if file.meta and stride != student.output_stride:  # a bare state dict states nothing
         raise ValueError(
             f"{path} is of a student with an output stride of {stride}, wanted {student.output_stride}; "
             f"set MODEL.OUTPUT_STRIDE {stride}, or take another student"

@@ -237,3 +237,10 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert checkpoint.load(path)["model"]["weight"].tolist() == [1, 1]
+
+
+def test_an_entry_that_older_checkpoints_lack_counts_as_what_they_were_made_with():
+    payload = {"meta": {"backbone": "x"}, "config": {}}
+    checkpoint.check_fits(payload, "c.pth", meta={"backbone": "x", "output_stride": 32})
+    with pytest.raises(ValueError, match="output_stride is 32 there and 16 here"):
+        checkpoint.check_fits(payload, "c.pth", meta={"backbone": "x", "output_stride": 16})

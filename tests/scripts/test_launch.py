@@ -215,7 +215,11 @@ def test_shellcheck():
 
 def test_any_free_port_for_processes_of_one_machine():
     words = command(TRAIN, "GPUS=2", "DEVICE=cpu", "MASTER_PORT=0")
-    assert words[:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--local_addr", "127.0.0.1"]
+    assert words[: len(torchrun)] == torchrun
+    done = launch(TRAIN, "NNODES=2", "MASTER_PORT=0", "--print-command")
+    assert done.returncode == 2 and "MASTER_PORT=0 is for one machine; give RDZV_ENDPOINT=host:port" in done.stderr
+    assert "host:1" in command(TRAIN, "NNODES=2", "MASTER_PORT=0", "RDZV_ENDPOINT=host:1")
 
 
 @pytest.mark.parametrize(("given", "count", "wanted"), [("", 2, None), ("", 10_000, "1"), ("3", 2, "3")])
@@ -224,5 +228,6 @@ def test_processes_on_the_cpu_share_its_cores(tmp_path: Path, given: str, count:
     python.write_text('#!/bin/sh\necho "threads=$OMP_NUM_THREADS"\n')
     python.chmod(0o755)
     done = launch(TRAIN, f"GPUS={count}", "DEVICE=cpu", PYTHON=str(python), OMP_NUM_THREADS=given)
-    wanted = wanted or str(max(1, os.cpu_count() // 2))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = wanted or str(max(1, cores // 2))
     assert done.stdout.splitlines()[-1] == f"threads={wanted}"

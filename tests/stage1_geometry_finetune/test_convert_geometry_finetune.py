@@ -142,7 +142,11 @@ def test_a_bare_file_cannot_state_an_output_stride(inputs, built):
     with pytest.raises(
         ValueError, match=r"cannot say that the student's output stride is 16; give an --output that ends"
     ):
-        convert(inputs, pretrained="bare.pth")
+        convert(inputs, "--dry-run", pretrained="bare.pth")
+    with pytest.raises(
+        ValueError, match=r"output stride of 16, \S+ one with 32; give the merged model that the fine-tun"
+    ):
+        convert(inputs)
     assert convert(inputs, "--output", str(inputs / "stated.safetensors"), pretrained="bare.pth") == 0
     assert load_weights(inputs / "stated.safetensors").meta["output_stride"] == 16
 

@@ -22,6 +22,8 @@ ATTENTION_EPS = 1e-15
 class EfficientViT(nn.Module):
     """`(B, 3, H, W)` -> `(B, out_channels, H/32, W/32)`, sizes rounded up. `name` is timm's, e.g. `efficientvit_b0`.
 
+    Sizes and `parts` are those of an output stride of 32; see `StudentEncoder`.
+
     timm's classifier is left out, the convolution in front of it too: no gradient would reach them.
     """
 

@@ -15,7 +15,7 @@ from sam3.backbones.recompute import run_blocks
 
 
 class RepViT(nn.Module):
-    """`(B, 3, H, W)` -> `(B, out_channels, H/32, W/32)`, sizes rounded up.
+    """`(B, 3, H, W)` -> `(B, out_channels, H/32, W/32)`, sizes rounded up; see `StudentEncoder` for its output stride.
 
     One flat list `features`: the stem, then blocks of a token mixer and a channel mixer, as the checkpoints have it.
     `name` is timm's, for example `repvit_m1_1`.

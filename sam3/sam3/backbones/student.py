@@ -9,6 +9,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,11 @@ class StudentEncoder(nn.Module):
     Args:
         backbone: gives (B, Cb, H, W); has `out_channels` (= Cb) and `name` (its key in `BACKBONES`).
         embed_dim: channels of the teacher's embedding.
-        embed_size: side of the teacher's grid; the head's map (32x32 at 1008 pixels) is resized to it.
-        output_stride: 16 leaves out the backbone's last halving (as DeepLab does, Chen et al. 2017): same weights, a
-            map twice as fine, for small pictures whose objects would be lost between the cells.
+        embed_size: side of the teacher's grid; the head's map (32x32 at 1008 pixels, 63x63 with an output stride of
+            16) is resized to it.
+        output_stride: 16 leaves out the backbone's last halving (as DeepLab does, Chen et al. 2017, but without its
+            dilation: to be trained like this): same shapes of weights, a map twice as fine, for small pictures whose
+            objects would be lost between the cells.
 
     The state dict has the names of the released checkpoints: `backbone.model.*` and `head.*`.
     """
@@ -134,6 +137,11 @@ def untrained_student(student: StudentEncoder) -> StudentEncoder:
         torch.manual_seed(0)
         name, stride = student.backbone.model.name, student.output_stride
         return build_student(name, student.embed_dim, student.embed_size, output_stride=stride)
+
+
+def stated_stride(meta: Mapping[str, Any]) -> int:
+    """The output stride by a file's meta; files from before there was a choice do not say it."""
+    return int(meta.get("output_stride", OUTPUT_STRIDE))
 
 
 def recognise_student(tensors: Mapping[str, Tensor], prefix: str = "") -> tuple[str, int]:

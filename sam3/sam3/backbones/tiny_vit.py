@@ -21,6 +21,7 @@ class TinyViT(nn.Module):
 
     `name` is timm's without the image size, for example `tiny_vit_11m`. `drop_path` is the stochastic depth of the
     last block, growing linearly from 0 at the first; None takes the family's own (0, 0.1, 0.2 for 5M, 11M, 21M).
+    See `StudentEncoder` for its output stride.
     The classifier and the norm in front of it are left out: the embedding is taken before them.
     """
 
