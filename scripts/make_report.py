@@ -143,7 +143,7 @@ STAGES = (
         "Distillation of the whole model",
         "A slim student of its own build, for phrases only, learns the teacher's masks, boxes, scores and features: "
         "all of them in phase 1, the outputs alone in phase 2. It begins with random weights and is taught the names "
-        "of shapes only, so a minute or two show a beginning, not an end.",
+        "of shapes only; a minute or two show a beginning, not an end.",
         "distil",
         "python train_distill.py --config configs/distillation_tiny.yaml --phase all --output {}/distillation",
         (
@@ -248,6 +248,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "speed-up": ("speed_up", "{:.2f}x".format),
     "video, frames/s": ("fps", "{:.1f}".format),
 }
+TITLES = {key: title for title, (key, _) in COLUMNS.items()}
 
 
 def cells(row: Row) -> list[str]:
@@ -294,13 +295,16 @@ def statements(rows: dict[str, Row]) -> list[tuple[bool, str]]:
     for called, name, keys in LEARNT:
         pairs = [(key, figure(rows, UNTRAINED.format(name), key), figure(rows, name, key)) for key in keys]
         pairs = [(key, before, after) for key, before, after in pairs if None not in (before, after)]
-        listed = ", ".join(f"{label(key)} {before:.3f} → {after:.3f}" for key, before, after in pairs)
+        listed = ", ".join(f"{TITLES[key]} {before:.3f} → {after:.3f}" for key, before, after in pairs)
         if pairs:
             holds = all(after >= before + CLEARLY for _, before, after in pairs)
             found.append((holds, f"{called} against itself before training: {listed}"))
     before, after = figure(rows, STAGE1, "box_iou"), figure(rows, TUNED, "box_iou")
     if None not in (before, after):
-        found.append((after > before, f"Geometry fine-tuning against Stage 1: box mIoU {before:.3f} → {after:.3f}"))
+        text = f"Geometry fine-tuning against Stage 1: box mIoU {before:.3f} → {after:.3f}"
+        if None not in (scored := [figure(rows, name, "box_found") for name in (STAGE1, TUNED)]):
+            text += "; of these objects, scored above one half {:.0%} → {:.0%}".format(*scored)
+        found.append((after > before, text))
     dense, small = figure(rows, TEACHER, "jf"), figure(rows, MEMORY, "jf")
     if None not in (dense, small):
         text = f"Compressed memory against the dense one: J&F {dense:.3f} → {small:.3f}; it may lose {MEMORY_LOSS}"
@@ -310,10 +314,6 @@ def statements(rows: dict[str, Row]) -> list[tuple[bool, str]]:
 
 def figure(rows: dict[str, Row], name: str, key: str) -> float | None:
     return rows.get(name, {}).get(key)
-
-
-def label(key: str) -> str:
-    return next(title for title, (found, _) in COLUMNS.items() if found == key)
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,11 @@ def test_statements_are_about_what_the_stages_are_for():
         (False, "Stage 1 against itself before training: text mIoU 0.100 → 0.600, box mIoU 0.200 → 0.240")
     ]  # 0.04 is not clearly more
     rows = {"Stage 1": {"box_iou": 0.5}, "Stage 1 + geometry": {"box_iou": 0.501}}
-    assert statements(rows) == [(True, "Geometry fine-tuning against Stage 1: box mIoU 0.500 → 0.501")]
+    text = "Geometry fine-tuning against Stage 1: box mIoU 0.500 → 0.501"
+    assert statements(rows) == [(True, text)]
+    for row, share in zip(rows.values(), (0.25, 0.7), strict=True):
+        row["box_found"] = share
+    assert statements(rows) == [(True, f"{text}; of these objects, scored above one half 25% → 70%")]
     for small, holds in ((0.71, True), (0.69, False), (0.9, True)):
         rows = {"teacher": {"jf": 0.8}, "teacher, memory": {"jf": small}}
         assert [found for found, _ in statements(rows)] == [holds]

@@ -14,7 +14,7 @@ from PIL import Image
 from scripts.make_report import CLEARLY, MEMORY_LOSS, merged_rows, statements
 
 ROOT = Path(__file__).parent.parent.parent
-TEACHER = {"text_iou": 0.65, "box_iou": 0.75, "click_iou": 0.7, "rejected": 0.8, "jf": 0.75}  # at least
+TEACHER = {"text_iou": 0.65, "box_iou": 0.75, "click_iou": 0.75, "rejected": 0.85, "jf": 0.75}  # at least
 
 
 Rows = dict[str, dict[str, Any]]
@@ -58,20 +58,22 @@ def test_a_folder_of_others_stays(tmp_path: Path):
 class TestQuickstart:
     def test_stage_1_beats_the_untrained_student(self, rows: Rows):
         before, after = rows["Stage 1, untrained"], rows["Stage 1"]
-        assert after["cosine"] > before["cosine"] + 0.4
-        assert after["box_iou"] > before["box_iou"] + 0.15
-        assert after["click_iou"] > before["click_iou"] + CLEARLY
+        assert after["cosine"] > before["cosine"] + 0.6
+        assert after["text_iou"] > before["text_iou"]
+        assert after["text_taught_any_iou"] > before["text_taught_any_iou"] + 0.3
+        assert after["box_iou"] > before["box_iou"] + 0.4
+        assert after["click_iou"] > before["click_iou"] + 0.25
 
     def test_geometry_fine_tuning_improves_boxes(self, rows: Rows):
         assert rows["Stage 1 + geometry"]["box_iou"] > rows["Stage 1"]["box_iou"]
 
     def test_the_compressed_memory_comes_near_the_dense_one(self, rows: Rows):
-        assert rows["teacher, memory"]["jf"] > rows["teacher"]["jf"] - 2 * MEMORY_LOSS
+        assert rows["teacher, memory"]["jf"] > rows["teacher"]["jf"] - MEMORY_LOSS
         assert rows["teacher, memory"]["jf"] > rows["teacher, memory, untrained"]["jf"] + 2 * CLEARLY
 
     def test_the_distilled_student_beats_the_untrained_one(self, rows: Rows):
         before, after = (rows[name]["text_taught_any_iou"] for name in ("distilled, untrained", "distilled"))
-        assert after > before + 0.03
+        assert after > before + CLEARLY
 
     def test_the_teacher_segments_and_tracks(self, rows: Rows):
         for key, least in TEACHER.items():

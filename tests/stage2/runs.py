@@ -38,6 +38,7 @@ class Inputs:
             "DATA__NUM_FRAMES": 3,
             "DATA__BATCH_SIZE": 1,
             "MODEL__PERCEIVER__NUM_LATENTS_2D": 16,
+            "MODEL__MEMORY_ATTENTION__POOL_SIZE": 2,
             "DISTILL__MSE_WEIGHT": 5.0,  # what a random teacher draws has nothing to do with the true masks
             "DISTILL__FOCAL_WEIGHT": 1.0,
             "DISTILL__DICE_WEIGHT": 0.1,
