@@ -67,6 +67,7 @@ def test_keys_of_other_programs_are_refused_with_a_reason():
         (TEACHER, "TRAIN.BASE_LR", "1e-4", "acts in training only"),
         (TEACHER, "TRAIN.EPOCHS", "3", "acts in training only"),
         (TEACHER, "MODEL.BACKBONE", "repvit_m1_1", "acts in training only"),
+        (TEACHER, "MODEL.OUTPUT_STRIDE", "16", "acts in training only"),
         (TEACHER, "DISTILL.TEACHER", "online", "acts in training only"),
         (TEACHER, "EVAL_MODE", "True", "acts in training only"),
     ],
@@ -74,6 +75,12 @@ def test_keys_of_other_programs_are_refused_with_a_reason():
 def test_keys_that_cannot_act_in_this_run_are_refused(file: Path, key: str, value: str, reason: str):
     with pytest.raises(ValueError, match=rf"^{key} is .*, but it {reason}"):
         load(file, key, value)
+
+
+def test_the_output_stride_is_one_of_two():
+    assert load(STUDENT, "MODEL.OUTPUT_STRIDE", "16").MODEL.OUTPUT_STRIDE == 16
+    with pytest.raises(ValueError, match="MODEL.OUTPUT_STRIDE is 8; choose one of 32, 16"):
+        load(STUDENT, "MODEL.OUTPUT_STRIDE", "8")
 
 
 def test_conditions_are_met():
