@@ -17,16 +17,17 @@ OUT=${OUT:-output/quickstart}
 DATA=${DATA:-data/scenes}
 VIDEOS=${VIDEOS:-data/scene-videos}
 TEACHER=sam3_checkpoints/sam3_tiny.safetensors
-SCENES=${SCENES:-400} VAL_SCENES=${VAL_SCENES:-40}
-CLIPS=${CLIPS:-32} VAL_CLIPS=${VAL_CLIPS:-5}
-EPOCHS=${EPOCHS:-6} TUNE_EPOCHS=${TUNE_EPOCHS:-1} MEMORY_STEPS=${MEMORY_STEPS:-280} DISTILL_EPOCHS=${DISTILL_EPOCHS:-2}
+SCENES=${SCENES:-440} VAL_SCENES=${VAL_SCENES:-40}
+CLIPS=${CLIPS:-32} VAL_CLIPS=${VAL_CLIPS:-6}
+EPOCHS=${EPOCHS:-6} TUNE_EPOCHS=${TUNE_EPOCHS:-1} MEMORY_STEPS=${MEMORY_STEPS:-320} DISTILL_EPOCHS=${DISTILL_EPOCHS:-2}
 STUDENT="$OUT/efficient_sam3_ev_s.pt" TUNED="$OUT/efficient_sam3_ev_s_geometry.pt"
 MEMORY="$OUT/efficient_sam3_memory.pt" FULL="$OUT/efficient_sam3_full.pt"
 SLIM="$OUT/distillation/phase2/student_fp16.pt"
-PAIR=(GPUS=2 DEVICE=cpu MASTER_PORT=0) # small models keep two processes busier than two threads
+PAIR=(GPUS=2 DEVICE=cpu MASTER_PORT=0)
 number=0
 # With fewer free cores than threads, spinning threads would slow each other down several times over.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # models as small as these gain from a second process, not from a thread
 
 # Names the step, runs it, and keeps its time and command for the page.
 step() {
@@ -86,10 +87,11 @@ step "distil the whole model ($DISTILL_EPOCHS epochs, then 1)" bash scripts/trai
 step "compare on held-out scenes" "$PYTHON" scripts/evaluate_prompts.py \
     --models "$TEACHER" "$STUDENT" "$TUNED" "$SLIM" --names teacher "Stage 1" "Stage 1 + geometry" distilled \
     --untrained --num-images "$VAL_SCENES" --data-path "$DATA" --output "$OUT/prompts"
-step "compare on held-out clips" "$PYTHON" stage2/evaluate_vos.py \
+step "compare on held-out clips" bash stage2/scripts/evaluate_vos.sh \
+    DATA_PATH="$VIDEOS/sav_val" OUTPUT="$OUT/vos" "${PAIR[@]}" \
     --checkpoints "$TEACHER" "$STUDENT" "$TUNED" "$MEMORY" "$FULL" \
     --names teacher "Stage 1" "Stage 1 + geometry" "teacher, memory" "student, memory" \
-    --untrained --data "$VIDEOS/sav_val" --output "$OUT/vos" --overlays 1 --overlay-format gif
+    --untrained --overlays 1 --overlay-format gif
 picture=$(basename "$(find "$DATA/images/val" -name '*.jpg' | sort | head -n 1)" .jpg)
 phrase=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["phrases"][0]["text"])' \
     "$DATA/annotations/val/$picture.json")
