@@ -17,7 +17,7 @@ from tests.engine.processes import ROOT, environment
 TRAIN = "stage1/scripts/train_stage1_student.sh"
 SAVE = "stage1/scripts/save_stage1_embeddings.sh"
 TUNE = "stage1_geometry_finetune/scripts/train_geometry_finetune.sh"
-SCRIPTS = [Path("scripts/launch.sh"), *sorted(p.relative_to(ROOT) for p in ROOT.glob("*/scripts/*.sh"))]
+SCRIPTS = sorted(p.relative_to(ROOT) for p in (*ROOT.glob("scripts/*.sh"), *ROOT.glob("*/scripts/*.sh")))
 KNOBS = (
     *("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "DEVICE", "NNODES", "NODE_RANK", "MASTER_PORT"),
     *("PRETRAINED", "SAM3_CHECKPOINT", "TEACHER_EMBED_PATH"),
@@ -231,3 +231,17 @@ def test_processes_on_the_cpu_share_its_cores(tmp_path: Path, given: str, count:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = wanted or str(max(1, cores // 2))
     assert done.stdout.splitlines()[-1] == f"threads={wanted}"
+
+
+def test_launchers_of_distillation_and_of_judging_videos():
+    words = command(
+        "scripts/train_distill.sh", "GPUS=0", "PHASE=1", "TEACHER=t.pt", "--opts", "batch_size=2", "log_dir=x"
+    )
+    assert words == [
+        *("train_distill.py", "--config", "configs/distillation.yaml", "--teacher", "t.pt", "--phase", "1"),
+        *("--device", "cpu", "--opts", "batch_size=2", "log_dir=x"),
+    ]
+    words = command("stage2/scripts/evaluate_vos.sh", "GPUS=0", "DATA_PATH=v", "--checkpoints", "a.pt", "b.pt")
+    assert words == [
+        *("stage2/evaluate_vos.py", "--data", "v", "--device", "cpu", "--checkpoints", "a.pt", "b.pt"),
+    ]
