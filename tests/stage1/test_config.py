@@ -79,7 +79,7 @@ def test_keys_that_cannot_act_in_this_run_are_refused(file: Path, key: str, valu
 
 def test_the_output_stride_is_one_of_two():
     assert load(STUDENT, "MODEL.OUTPUT_STRIDE", "16").MODEL.OUTPUT_STRIDE == 16
-    with pytest.raises(ValueError, match="MODEL.OUTPUT_STRIDE is 8; choose one of 32, 16"):
+    with pytest.raises(ValueError, match=r"^MODEL\.OUTPUT_STRIDE is 8; choose one of 32, 16"):
         load(STUDENT, "MODEL.OUTPUT_STRIDE", "8")
 
 
