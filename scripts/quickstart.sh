@@ -19,7 +19,7 @@ VIDEOS=${VIDEOS:-data/scene-videos}
 TEACHER=sam3_checkpoints/sam3_tiny.safetensors
 SCENES=${SCENES:-440} VAL_SCENES=${VAL_SCENES:-40}
 CLIPS=${CLIPS:-32} VAL_CLIPS=${VAL_CLIPS:-6}
-EPOCHS=${EPOCHS:-6} TUNE_EPOCHS=${TUNE_EPOCHS:-1} MEMORY_STEPS=${MEMORY_STEPS:-320} DISTILL_EPOCHS=${DISTILL_EPOCHS:-2}
+EPOCHS=${EPOCHS:-7} TUNE_EPOCHS=${TUNE_EPOCHS:-1} MEMORY_STEPS=${MEMORY_STEPS:-320} DISTILL_EPOCHS=${DISTILL_EPOCHS:-2}
 STUDENT="$OUT/efficient_sam3_ev_s.pt" TUNED="$OUT/efficient_sam3_ev_s_geometry.pt"
 MEMORY="$OUT/efficient_sam3_memory.pt" FULL="$OUT/efficient_sam3_full.pt"
 SLIM="$OUT/distillation/phase2/student_fp16.pt"
