@@ -79,9 +79,10 @@ class Model:
         trunk.register_forward_hook(self._stop)
 
     @property
-    def backbone(self) -> str:
-        """Name of the student; ValueError if the file holds none."""
-        return _student(self.model.backbone.vision_backbone.trunk, self.result.path).backbone.model.name
+    def kind(self) -> tuple[str, int]:
+        """Name and output stride of the student; ValueError if the file holds none."""
+        student = _student(self.model.backbone.vision_backbone.trunk, self.result.path)
+        return student.backbone.model.name, student.output_stride
 
     def _start(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.started = time.perf_counter()
@@ -142,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     fresh = set()
     for name, path in zip(names, args.students, strict=True):
         student = Model(name, path, device)
-        if args.untrained and student.backbone not in fresh:
-            fresh.add(student.backbone)
+        if args.untrained and student.kind not in fresh:
+            fresh.add(student.kind)
             students.append(Model(f"{name}, untrained", path, device, untrained=True))
         students.append(student)
     preprocess = _shared_preprocess(students)
