@@ -211,7 +211,8 @@ def test_half_the_output_stride_doubles_the_map_and_keeps_the_weights(name: str)
     assert untrained_student(fine).output_stride == 16
     ahead: list[torch.Tensor] = []  # what enters the last stage
     for student in (coarse, fine):
-        *_, (first, *_) = student.backbone.model.parts().values()
+        *_, last = student.backbone.model.parts().values()
+        first = next(module for module in last[0].modules() if not list(module.children()))
         handle = first.register_forward_pre_hook(lambda module, args: ahead.append(args[0]))
         student(x)
         handle.remove()
