@@ -162,7 +162,7 @@ def test_two_runs_do_not_share_a_folder(exported: Path, sa1b: Path, tmp_path: Pa
 
 def test_other_loss_weights_do_not_go_on(trained: Path, exported: Path, sa1b: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"DISTILL.COSINE is 1.0 there and 0.5 here"):
+    with pytest.raises(ValueError, match=r"DISTILL.COSINE is 20.0 there and 0.5 here"):
         train(exported, sa1b, tmp_path / "run", DISTILL__COSINE=0.5)
 
 

@@ -69,7 +69,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, inputs: Inputs, merged: Path
     tiny = {
         "BASE": [str(CONFIGS / "base_geometry_finetune.yaml")],
         "DATA": {"IMG_SIZE": 224, "NUM_WORKERS": 1},
-        "MODEL": {"BACKBONE": "efficientvit_b0", "PRETRAINED": "output/efficient_sam3_repvit_m.pt"},
+        "MODEL": {
+            "BACKBONE": "efficientvit_b0",
+            "OUTPUT_STRIDE": 16,
+            "PRETRAINED": "output/efficient_sam3_repvit_m.pt",
+        },
         "DISTILL": {"EMBED_DIM": TINY_MAP[0], "EMBED_SIZE": 16, "MAX_PROMPTS": 1},
         "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1, "ACCUMULATION_STEPS": 1},
         "OUTPUT": "output_geometry_finetune/es_rv_m",

@@ -237,6 +237,7 @@ def test_a_weight_of_zero_switches_a_term_off(inputs: Inputs, tmp_path: Path):
 def test_the_edgesam_style_trains(inputs: Inputs, tmp_path: Path):
     tiny = {
         "MODEL__BACKBONE": "efficientvit_b0",
+        "MODEL__OUTPUT_STRIDE": 16,
         "DATA__IMG_SIZE": 224,
         "DISTILL__EMBED_DIM": TINY_MAP[0],
         "DISTILL__EMBED_SIZE": 16,
