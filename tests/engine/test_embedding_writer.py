@@ -344,7 +344,9 @@ def test_sigkill_at_random_moments_loses_only_what_is_in_flight(tmp_path):
     assert keys == [f"sa_{i}" for i in range(stored)]
     values, seed = EmbeddingReader(tmp_path, verify_crc=True).read(f"sa_{stored - 1}")
     assert seed == stored - 1
-    assert values.eq((stored - 1) / 4.0).all()
+    assert values.eq(
+        torch.tensor((stored - 1) / 4.0).half().float()
+    ).all()  # a fast disk takes more than float16 tells apart
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
